@@ -1,0 +1,283 @@
+"""The experiment config: one frozen, validated tree that serves YAML files, the command line, sweeps and the docs.
+
+Every field has a default; together the defaults are the main job (MMFeD3-HidE on `wn_noto`, three clients, half of
+the texts and pictures hidden, on Ray). Unknown keys are errors that name the nearest valid key.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedsim.errors import ConfigError
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the config tree that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Which graph, how it is divided among clients, and which modalities each client lacks (method.md section 2)."""
+
+    path: str = Field("wn_noto", description="bundled data set, a data set folder, or a folder name under FEDSIM_DATA")
+    split: Literal["relation", "cluster", "dirichlet", "given"] = Field(
+        "relation", description="how triples are divided among clients; 'given' reads split_file"
+    )
+    split_file: str | None = Field(None, description="saved split: a name in the data set's splits/ or a file")
+    num_clients: Count = Field(3, description="number of clients; a given split brings its own")
+    dirichlet_alpha: Positive = Field(0.5, description="concentration of the dirichlet split; small is uneven")
+    modalities: tuple[str, ...] | None = Field(None, description="modalities used; null takes all, [] structure alone")
+    missing_rate: Rate | dict[str, Rate] = Field(
+        0.5, description="share of the available features hidden at each client, one number or one per modality"
+    )
+    missing_pattern: Literal["random", "client", "natural"] = Field(
+        "random", description="hide per entity, a whole modality at some clients, or nothing"
+    )
+    feature_noise: Weight = Field(0.0, description="per-client noise on features, relative to their RMS")
+    seed: int | None = Field(None, description="seed of the split and of what is hidden; null takes the run's seed")
+
+    @model_validator(mode="after")
+    def _given_needs_file(self) -> "DataConfig":
+        if (self.split == "given") != (self.split_file is not None):
+            raise ValueError("data.split 'given' and data.split_file go together: set both or neither")
+        return self
+
+
+class ModelConfig(Section):
+    """The client model: imputer -> fusion -> scorer (method.md section 3)."""
+
+    dim: Annotated[int, Field(ge=2, multiple_of=2)] = Field(128, description="width of tokens and entity embeddings")
+    scorer: str = Field("complex", description="transe, distmult, complex or rotate")
+    fusion: str = Field("gate", description="gate (eq. 2), split (a scorer per modality) or none (structure alone)")
+    imputer: str = Field("diffusion", description="what fills missing tokens: zero, mean, random or diffusion (HidE)")
+    gate_hidden: Count = Field(32, description="hidden width of the fusion gate")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="dropout on the query vector")
+    init_scale: Positive = Field(0.1, description="standard deviation of initial relation embeddings")
+
+
+class DiffusionConfig(Section):
+    """HidE: the imputation diffusion over hyper-modal embeddings (method.md section 4)."""
+
+    steps: Count = Field(50, description="K, steps of the forward process")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="noise schedule; linear ends near zero signal")
+    prediction: Literal["x0", "epsilon"] = Field("x0", description="what the denoiser predicts")
+    sampling_steps: Count = Field(5, description="S <= K, DDIM steps of an imputation")
+    num_draws: Count = Field(4, description="imputations averaged; their variance goes to the gate")
+    hidden: Count = Field(256, description="width of the denoiser")
+    num_blocks: Count = Field(2, description="residual blocks of the denoiser")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.995, description="EMA of the denoiser, warmed up")
+    weight: Weight = Field(1.0, description="w_diff, weight of L_diff in eq. 8")
+    batch_size: Count = Field(256, description="entities per step that train the denoiser")
+    link_rows: Annotated[int, Field(ge=0)] = Field(
+        128, description="missing entities per step whose one-step estimate carries the link-prediction gradient"
+    )
+    min_snr: Positive = Field(5.0, description="cap of the signal-to-noise weight of L_diff")
+    use_prototypes: bool = Field(True, description="condition on the server's prototypes where it sent them")
+
+    @model_validator(mode="after")
+    def _fewer_sampling_steps(self) -> "DiffusionConfig":
+        if self.sampling_steps > self.steps:
+            raise ValueError(f"diffusion.sampling_steps {self.sampling_steps} must not exceed steps {self.steps}")
+        return self
+
+
+class TrainingConfig(Section):
+    """Local training at a client (method.md eq. 8)."""
+
+    loss: str = Field("one_vs_all", description="one_vs_all (cross-entropy over all entities) or self_adversarial")
+    batch_size: Count = Field(512, description="triples per step")
+    local_epochs: Count = Field(3, description="epochs per round")
+    optimizer: Literal["adam", "adagrad"] = Field("adam", description="optimiser of all parameters")
+    learning_rate: Positive = Field(0.003, description="learning rate")
+    reset_optimizer: Literal["never", "global", "always"] = Field(
+        "never", description="whose optimiser state starts anew each round: nobody's, the global copy's, everybody's"
+    )
+    reciprocal: bool = Field(True, description="a second embedding per relation for (?, relation, tail) queries")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of one_vs_all")
+    n3_weight: Weight = Field(0.0, description="weight of the N3 regulariser")
+    num_negatives: Count = Field(256, description="negatives per triple of self_adversarial")
+    margin: Positive = Field(10.0, description="gamma of self_adversarial")
+    adversarial_temperature: Weight = Field(1.0, description="temperature of self_adversarial; 0 weighs all alike")
+    corruption: Literal["tail", "both"] = Field("both", description="sides corrupted by self_adversarial")
+
+
+class FederationConfig(Section):
+    """Who takes part and how results are combined (method.md sections 5 and 6)."""
+
+    strategy: str = Field("mmfed3", description="local, central, fede or mmfed3")
+    num_rounds: Count = Field(30, description="federation rounds")
+    cohort_fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of clients sampled per round")
+    cohort_size: Count | None = Field(None, description="number of clients sampled per round; null uses the fraction")
+
+
+class DistillationConfig(Section):
+    """MMFeD3: dual distillation, each term switched off by weight 0 (method.md section 5)."""
+
+    temperature: Positive = Field(2.0, description="tau of eq. 9 and 13")
+    logit_to_client: Weight = Field(0.5, description="eq. 9, global copy teaches the private model")
+    logit_to_global: Weight = Field(0.5, description="eq. 9, private model teaches the global copy")
+    feature_to_client: Weight = Field(0.1, description="eq. 10, tokens of the private model follow the global copy")
+    feature_to_global: Weight = Field(0.1, description="eq. 10, tokens of the global copy follow the private model")
+    prototype: Weight = Field(0.1, description="eq. 10, imputed tokens follow the server's prototypes")
+    send_prototypes: bool = Field(True, description="clients send projected tokens, the server sends prototypes, eq. 11")
+    warmup_rounds: Annotated[int, Field(ge=0)] = Field(2, description="rounds before the client terms switch on")
+    num_soft_queries: Annotated[int, Field(ge=0)] = Field(64, description="soft queries a client sends; 0 sends none")
+    num_candidates: Annotated[int, Field(ge=2)] = Field(32, description="candidates per soft query")
+    server_steps: Annotated[int, Field(ge=0)] = Field(20, description="server distillation steps per round")
+    server_learning_rate: Positive = Field(0.001, description="learning rate of the server's steps")
+    server_batch_size: Count = Field(256, description="tuples or soft queries per server step")
+    proximal: Weight = Field(1.0, description="mu of eq. 13")
+
+
+class EvaluationConfig(Section):
+    """Filtered ranking (method.md section 7)."""
+
+    every: Count = Field(1, description="validate every so many rounds")
+    protocol: Literal["both", "fede"] = Field("both", description="both sides, or FedE's tail only with Hits@1/5/10")
+    patience: Count | None = Field(None, description="stop after so many validations without a better MRR")
+    batch_size: Count = Field(512, description="queries ranked at once")
+
+
+class RuntimeConfig(Section):
+    """Where clients run (method.md section 8)."""
+
+    kind: Literal["ray", "in_process"] = Field("ray", description="Ray actors, or all in this process")
+    placement: Literal["auto", "dedicated", "pooled"] = Field("auto", description="one actor per client, or a pool")
+    num_actors: Count | None = Field(None, description="client actors of a pool; null takes the CPUs or GPUs there are")
+    cpus_per_actor: Positive = Field(0.5, description="CPUs reserved per client actor")
+    gpus_per_client: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="fraction of a GPU per client actor")
+    torch_threads: Count = Field(1, description="torch threads per process; the last digits depend on it")
+    address: str | None = Field(None, description="Ray cluster to join; null starts one on this machine")
+    timeout_seconds: Positive = Field(1800.0, description="longest wait for one client's work")
+
+
+class CheckpointConfig(Section):
+    """What a run keeps."""
+
+    every: Count = Field(1, description="checkpoint every so many rounds")
+    keep: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints kept, beside the best one")
+
+
+class Config(Section):
+    """The whole experiment."""
+
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of every random draw")
+    output: str | None = Field(None, description="run folder; null takes runs/<data>-<strategy>-<time>")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig = TrainingConfig()
+    federation: FederationConfig = FederationConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the split and of what is hidden."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+
+def config_fields(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, pydantic field) for every leaf of the tree, in order of declaration."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from config_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def make_config(tree: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Validate a nested mapping, after setting dotted paths in it.
+
+    Args:
+        tree: nested sections, as read from YAML.
+        overrides: dotted path -> value, for example ``{"federation.num_rounds": 20}``.
+
+    Raises:
+        ConfigError: naming the field, the value and the rule, for each thing that is wrong.
+    """
+    nested: dict[str, Any] = _copy_tree(tree or {})
+    for path, value in (overrides or {}).items():
+        *sections, name = path.split(".")
+        node = nested
+        for section in sections:
+            child = node.setdefault(section, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"config key '{path}': '{section}' is a value, not a section")
+            node = child
+        node[name] = value
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as err:
+        raise ConfigError("\n".join(_explain(e) for e in err.errors())) from err
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML config (the defaults if no path is given) and apply dotted overrides.
+
+    Raises:
+        ConfigError: if the file cannot be read, is not a mapping, or holds a key or value that is not accepted.
+    """
+    if path is None:
+        return make_config({}, overrides)
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"config file {path} cannot be read: {err}; give the path of a YAML file") from err
+    except yaml.YAMLError as err:
+        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(err).split())}") from err
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} must hold sections (key: value), not a {type(tree).__name__}")
+    try:
+        return make_config(tree, overrides)
+    except ConfigError as err:
+        raise ConfigError(f"config file {path}: {err}") from err
+
+
+def dump_config(config: Config, *, comments: bool = False) -> str:
+    """Write a config as YAML that `load_config` reads back; with `comments`, each field's meaning behind it."""
+    if not comments:
+        return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    lines: list[str] = []
+    section = ""
+    for path, field in config_fields():
+        *parents, name = path.split(".")
+        if parents and parents[0] != section:
+            section = parents[0]
+            lines.append(f"{section}:")
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        text = yaml.safe_dump(_plain(value), default_flow_style=True).strip().removesuffix("...").strip()
+        lines.append(f"{'  ' if parents else ''}{name}: {text}  # {field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _copy_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy_tree(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = [p for p, _ in config_fields()] + list(Config.model_fields)
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
+        return f"unknown config key '{path}'; the nearest valid key is '{near[0]}'"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"config field '{path}' = {error['input']!r}: {message}" if path else message
