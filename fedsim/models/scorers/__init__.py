@@ -1,0 +1,74 @@
+"""Scorers: how plausible a triple is, from the vectors of its head, relation and tail.
+
+One file per scorer, and the registry `SCORERS`. Every scorer splits the work in two: a query vector is built from
+the known entity and the relation, then compared with candidate entities. That way scoring against all entities is
+one matrix product (or one blocked distance), for tail and head queries alike, and training on negatives that are
+drawn per triple uses the same query.
+
+To add one: write its file with the three methods below, and register an instance here. The property tests over the
+registry then hold it to the contract.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from fedsim.models.scorers.complex import ComplEx
+from fedsim.models.scorers.distmult import DistMult
+from fedsim.models.scorers.rotate import RotatE
+from fedsim.models.scorers.transe import TransE
+
+
+class Scorer(Protocol):
+    """What a scorer offers; higher scores mean more plausible triples.
+
+    A scorer has no state: all parameters come in as arguments, so one instance serves every client.
+    """
+
+    name: str
+
+    def relation_dim(self, dim: int) -> int:
+        """Return the width of a relation vector for entity vectors of width ``dim``; ConfigError if dim cannot be."""
+        ...
+
+    def query(self, entity: Tensor, relation: Tensor, *, inverse: bool = False) -> Tensor:
+        """Build the query vector q, such that comparing q with a candidate scores the triple.
+
+        Args:
+            entity: vectors of the known entity. [batch, dim]
+            relation: vectors of the relation. [batch, relation_dim]
+            inverse: False for (entity, relation, candidate), True for (candidate, relation, entity).
+
+        Returns:
+            The query vectors. [batch, dim]
+        """
+        ...
+
+    def score(self, query: Tensor, candidates: Tensor) -> Tensor:
+        """Score every query against every candidate.
+
+        Args:
+            query: [batch, dim]
+            candidates: [num_candidates, dim]
+
+        Returns:
+            Scores. [batch, num_candidates]
+        """
+        ...
+
+    def score_negatives(self, query: Tensor, candidates: Tensor) -> Tensor:
+        """Score every query against its own candidates.
+
+        Args:
+            query: [batch, dim]
+            candidates: [batch, num_negatives, dim]
+
+        Returns:
+            Scores. [batch, num_negatives]
+        """
+        ...
+
+
+SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (TransE(), DistMult(), ComplEx(), RotatE())}
+
+__all__ = ["SCORERS", "ComplEx", "DistMult", "RotatE", "Scorer", "TransE"]

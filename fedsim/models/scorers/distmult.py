@@ -1,0 +1,33 @@
+"""DistMult: a diagonal bilinear form.
+
+Yang et al., "Embedding Entities and Relations for Learning and Inference in Knowledge Bases", ICLR 2015.
+
+    score(h, r, t) = sum_i h_i r_i t_i
+
+Symbols: h, t = `entity` or a candidate; r = `relation`, as wide as an entity. The score is symmetric in head and tail.
+"""
+
+import torch
+from torch import Tensor
+
+
+class DistMult:
+    """Sum of the elementwise product of head, relation and tail."""
+
+    name = "distmult"
+
+    def relation_dim(self, dim: int) -> int:
+        """Return the width of a relation vector: that of an entity."""
+        return dim
+
+    def query(self, entity: Tensor, relation: Tensor, *, inverse: bool = False) -> Tensor:
+        """Return entity * relation, in both directions; [batch, dim], [batch, dim] -> [batch, dim]."""
+        return entity * relation
+
+    def score(self, query: Tensor, candidates: Tensor) -> Tensor:
+        """Score all pairs; [batch, dim], [num_candidates, dim] -> [batch, num_candidates]."""
+        return query @ candidates.T
+
+    def score_negatives(self, query: Tensor, candidates: Tensor) -> Tensor:
+        """Score each query's own candidates; [batch, dim], [batch, num_negatives, dim] -> [batch, num_negatives]."""
+        return torch.einsum("bd,bnd->bn", query, candidates)

@@ -1,0 +1,35 @@
+"""TransE: a relation is a translation.
+
+Bordes et al., "Translating Embeddings for Modeling Multi-relational Data", NeurIPS 2013.
+
+    score(h, r, t) = -|| h + r - t ||_1
+
+Symbols: h, t = `entity` or a candidate; r = `relation`, as wide as an entity. The paper's margin gamma is a constant
+that the loss adds; it changes no ranking and is not part of the score.
+"""
+
+import torch
+from torch import Tensor
+
+
+class TransE:
+    """Negative L1 distance between the translated head and the tail."""
+
+    name = "transe"
+
+    def relation_dim(self, dim: int) -> int:
+        """Return the width of a relation vector: that of an entity."""
+        return dim
+
+    def query(self, entity: Tensor, relation: Tensor, *, inverse: bool = False) -> Tensor:
+        """Return h + r, or t - r with ``inverse``; [batch, dim], [batch, dim] -> [batch, dim]."""
+        return entity - relation if inverse else entity + relation
+
+    def score(self, query: Tensor, candidates: Tensor) -> Tensor:
+        """Score all pairs; [batch, dim], [num_candidates, dim] -> [batch, num_candidates]."""
+        # cdist reduces as it goes: the [batch, num_candidates, dim] differences are never held in memory.
+        return -torch.cdist(query, candidates, p=1.0)
+
+    def score_negatives(self, query: Tensor, candidates: Tensor) -> Tensor:
+        """Score each query's own candidates; [batch, dim], [batch, num_negatives, dim] -> [batch, num_negatives]."""
+        return -torch.cdist(query.unsqueeze(1), candidates, p=1.0).squeeze(1)
