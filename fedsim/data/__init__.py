@@ -1,0 +1,1 @@
+"""Data sets, federated splits and modality heterogeneity."""
