@@ -1,0 +1,41 @@
+# A fresh machine needs Python 3.10 or newer (tested: 3.11), git and make; everything else goes into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PACKAGES := $(wildcard fedsim actors tune)
+# --no-compile halves the time of a first install; Python compiles what it imports.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+.PHONY: help run test check format clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+run: .venv/run.stamp ## install into .venv, then run the main job (ARGS="--federation.num_rounds 5" changes it)
+	$(BIN)/fedsim run $(ARGS)
+
+test: .venv/dev.stamp ## install with the test tools, then run the tests (ARGS="-k ranking" chooses)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev.stamp ## formatting, lint with the layering rule, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(PACKAGES)
+
+format: .venv/dev.stamp ## format and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv and all caches (runs/ stays)
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# A stamp is written last, so an interrupted install is repeated; it depends on what decides its contents.
+.venv/run.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fedsim needs Python 3.10 or newer")'
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
