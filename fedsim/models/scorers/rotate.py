@@ -74,7 +74,7 @@ class _ModulusDistance(torch.autograd.Function):
         return distance
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of the query, [batch, dim], and the candidates, [batch or 1, num, dim]."""
         query, candidates = ctx.saved_tensors

@@ -1,0 +1,1 @@
+"""Evaluation: how well a model answers (head, relation, ?) and (?, relation, tail); see docs/method.md."""
