@@ -196,9 +196,14 @@ def index_keys(keys: Sequence[str], path: Path, *, first_line: int = 2) -> dict[
 
 
 def map_triples(
-    rows: Sequence[Sequence[str]], path: Path, entity_ids: dict[str, int], relation_ids: dict[str, int]
+    rows: Sequence[Sequence[str]],
+    path: Path,
+    entity_ids: dict[str, int],
+    relation_ids: dict[str, int],
+    *,
+    first_line: int = 1,
 ) -> Triples:
-    """Turn rows (head key, relation key, tail key) into ids [num_triples, 3]; row i stands on line i + 1."""
+    """Turn rows (head key, relation key, tail key) into ids [num_triples, 3]; rows begin at `first_line`."""
     if not rows:
         raise DataError(f"{path}: empty split; each of train, valid and test needs at least one triple")
     triples = np.array(
@@ -209,7 +214,9 @@ def map_triples(
     if len(bad):
         row, column = bad[0].tolist()
         kind, table = ("relation", "relations.tsv") if column == 1 else ("entity", "entities.tsv")
-        raise DataError(f"{path}:{row + 1}: unknown {kind} {rows[row][column]!r}; add it to {table} or remove the line")
+        raise DataError(
+            f"{path}:{row + first_line}: unknown {kind} {rows[row][column]!r}; add it to {table} or remove the line"
+        )
     return triples
 
 

@@ -36,22 +36,25 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({err.strerror})") from err
 
 
-def read_rows(path: Path, num_columns: int | None = None, *, delimiter: str | None = "\t") -> list[list[str]]:
-    r"""Read a delimited file into rows of strings; row i stands on line i + 1.
+def read_rows(
+    path: Path, num_columns: int | None = None, *, delimiter: str | None = "\t", first_line: int = 1
+) -> list[list[str]]:
+    r"""Read a delimited file into rows of strings; row i stands on line first_line + i.
 
     Args:
         path: the file.
         num_columns: the number of columns that each row must have; None asks only that all rows are alike.
         delimiter: the column separator; None splits at any white space.
+        first_line: the line at which the rows begin; those before it are left out.
     """
     # Not str.splitlines: labels may hold the exotic line separators that it also splits at.
     lines = read_text(path).replace("\r\n", "\n").split("\n")
     while lines and not lines[-1]:
         lines.pop()
-    rows = [line.split(delimiter) for line in lines]
+    rows = [line.split(delimiter) for line in lines[first_line - 1 :]]
     if rows and num_columns is None:
         num_columns = len(rows[0])
-    for line_num, row in enumerate(rows, start=1):
+    for line_num, row in enumerate(rows, start=first_line):
         if len(row) != num_columns:
             separator = "white space" if delimiter is None else repr(delimiter)
             raise DataError(
