@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,53 @@ FILE = click.Path(path_type=Path)
 @click.group()
 def data() -> None:
     """Import, look at, split and encode data sets."""
+
+
+@data.command(name="import")
+@click.argument("source", type=FILE)
+@click.argument("output", type=FILE)
+@click.option("--name", help="Name of the data set.  [default: that of OUTPUT]")
+@click.option(
+    "--format",
+    "triples_format",
+    default="auto",
+    show_default=True,
+    help="names or ids (head, relation, tail), openke (ids in OpenKE's order), fede (a FedE pickle), or auto.",
+)
+@click.option("--feature", "features", metavar="MODALITY=FILE", multiple=True, help="A feature file; repeatable.")
+@click.option("--pictures", type=FILE, help="Folder or zip file with the pictures that entities.tsv names.")
+@click.option("--mend-valid", is_flag=True, help="Drop valid triples that train or test hold too; see the report.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --mend-valid.")
+@click.option("--description", default="", help="One line about the data.")
+@click.option("--licence", default="", help="Licence of the data.")
+def import_(source: Path, output: Path, features: tuple[str, ...], **options: Any) -> None:
+    """Import a folder or a FedE pickle as a data set.
+
+    SOURCE holds train, valid and test triples (tsv or txt), and may hold entities and relations, features and
+    federated splits. Feature files are npz, npy, safetensors or pth. OUTPUT is a new folder.
+
+    \b
+    Examples:
+      fedsim data import downloads/FB15k-237 data/fb15k237
+      fedsim data import downloads/WN9 data/wn9 --format openke --feature image=downloads/WN9/visual.npy
+    """
+    from fedsim.data.importers import import_dataset
+
+    files: dict[str, Path] = {}
+    for text in features:
+        modality, separator, path = text.partition("=")
+        if not (modality and separator and path):
+            raise click.UsageError(f"--feature {text}: write MODALITY=FILE, for example image=visual.npy")
+        files[modality] = Path(path)
+    report = import_dataset(source, output, features=files, **options)
+    rows = [["format", report.triples_format], ["entities", f"{report.num_entities:,}"]]
+    rows += [["relations", f"{report.num_relations:,}"]]
+    rows += [[f"{name} triples", f"{count:,}"] for name, count in report.num_triples.items()]
+    rows += [[f"{name} features", f"{count:,}"] for name, count in report.features.items()]
+    rows += [[f"split {name}", f"{count} clients"] for name, count in report.splits.items()]
+    show_rows(f"Imported {source} into {report.path}", ["", "count"], rows, make_console())
+    for note in report.notes:
+        click.echo(f"note: {note}")
 
 
 @data.command()

@@ -1,19 +1,14 @@
 """The command line: options from the config tree, messages, exit codes."""
 
-import errno
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 from builders import tiny_graph
 
 from fedsim import cli
-from fedsim.config import Config, config_fields, load_config, make_config
+from fedsim.config import config_fields, load_config, make_config
 from fedsim.data.dataset import save_dataset
-from fedsim.errors import RunError
 
 
 def _no_traceback(text: str) -> bool:
@@ -60,6 +55,9 @@ def test_config_prints_what_run_would_take(tmp_path: Path, capsys: pytest.Captur
         (["data", "split", "nowhere", "out.safetensors"], ["'nowhere' not found"]),
         (["data", "split", "nowhere", "out.txt"], ["out.txt", ".safetensors"]),
         (["data", "encode", "nowhere"], ["'nowhere' not found"]),
+        (["data", "import", "nowhere", "out"], ["nowhere"]),
+        (["data", "import", "nowhere", "out", "--feature", "image"], ["MODALITY=FILE"]),
+        (["data", "import", "nowhere", "out", "--format", "fancy"], ["'fancy'", "openke"]),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_message_and_exit_code_2(
@@ -94,3 +92,23 @@ def test_split_writes_a_split_that_another_run_of_it_equals(
     assert not (tmp_path / "c.safetensors").exists()
     assert cli.main(["data", "split", "tiny", "c.safetensors", "--from", "a.safetensors", "--seed", "1"]) == 2
     assert "--from" in capsys.readouterr().err
+
+
+def test_import_makes_a_data_set_that_split_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "train.txt").write_text("a\tr\tb\nb\ts\tc\nc\tr\td\n")
+    (source / "valid.txt").write_text("a\tr\tc\n")
+    (source / "test.txt").write_text("b\tr\td\n")
+    (source / "entities.tsv").write_text("key\na\nb\nc\nd\n")
+    np.save(source / "visual.npy", np.ones((4, 3), dtype=np.float32))
+    assert cli.main(["data", "import", "source", "made", "--feature", "image=source/visual.npy"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "train triples" in shown
+    assert "image features" in shown
+    assert cli.main(["data", "split", "made", "one.safetensors", "--num-clients", "1"]) == 0
+    assert cli.main(["data", "import", "source", "made"]) == 2
+    assert "already exists" in capsys.readouterr().err
