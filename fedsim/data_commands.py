@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fedsim.data.splits import FederatedSplit
 
 FILE = click.Path(path_type=Path)
+SPLIT_KIND = click.Choice(["relation", "cluster", "dirichlet"])
+POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.group()
@@ -34,8 +36,8 @@ def data() -> None:
 )
 @click.option("--feature", "features", metavar="MODALITY=FILE", multiple=True, help="A feature file; repeatable.")
 @click.option("--pictures", type=FILE, help="Folder or zip file with the pictures that entities.tsv names.")
-@click.option("--mend-valid", is_flag=True, help="Drop valid triples that train or test hold too; see the report.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --mend-valid.")
+@click.option("--repair-valid", is_flag=True, help="Drop valid triples that train or test hold too; see the report.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --repair-valid.")
 @click.option("--description", default="", help="One line about the data.")
 @click.option("--licence", default="", help="Licence of the data.")
 def import_(source: Path, output: Path, features: tuple[str, ...], **options: Any) -> None:
@@ -69,15 +71,43 @@ def import_(source: Path, output: Path, features: tuple[str, ...], **options: An
 
 
 @data.command()
+@click.argument("dataset", default="wn_noto")
+@click.option("--split", "given", metavar="NAME|FILE", help="Show the clients of this split too.")
+@click.option("--kind", type=SPLIT_KIND, help="Show the clients that this split would make.")
+@click.option("--num-clients", type=click.IntRange(min=1), default=3, show_default=True, help="Clients of --kind.")
+@click.option("--alpha", type=POSITIVE, default=0.5, show_default=True, help="Concentration of --kind dirichlet.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --kind.")
+def info(dataset: str, given: str | None, kind: str | None, num_clients: int, alpha: float, seed: int) -> None:
+    """Show what a data set holds.
+
+    Counts, coverage per modality, repeated triples and leaks between train, valid and test; with a split also the
+    clients and the entities they share. DATASET is a bundled name or a folder  [default: wn_noto].
+    """
+    from fedsim.data.dataset import load_dataset, resolve_dataset
+    from fedsim.data.inspection import inspect_dataset, render_report
+    from fedsim.data.splits import load_split, make_split, resolve_split
+
+    if given is not None and kind is not None:
+        raise click.UsageError("give --split (a saved split) or --kind (a new one), not both")
+    graph = load_dataset(resolve_dataset(dataset))
+    division: FederatedSplit | None = None
+    if given is not None:
+        division = load_split(resolve_split(graph, given), graph)
+    elif kind is not None:
+        division = make_split(graph, kind, num_clients, seed=seed, alpha=alpha)
+    make_console().print(render_report(inspect_dataset(graph, division)))
+
+
+@data.command()
 @click.argument("dataset")
 @click.argument("output", type=FILE, metavar="OUTPUT.safetensors")
 @click.option(
     "--kind",
-    type=click.Choice(["relation", "cluster", "dirichlet"]),
+    type=SPLIT_KIND,
     help="Relations in random groups, relations in clusters, or a Dirichlet draw over relations.  [default: relation]",
 )
 @click.option("--num-clients", type=click.IntRange(min=1), help="Number of clients.  [default: 3]")
-@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), help="Dirichlet concentration.  [default: 0.5]")
+@click.option("--alpha", type=POSITIVE, help="Dirichlet concentration.  [default: 0.5]")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the split.  [default: 0]")
 @click.option("--from", "given", metavar="FILE", help="Check and convert this split (safetensors, npz or tsv) instead.")
 @click.option(

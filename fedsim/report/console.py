@@ -6,9 +6,10 @@ On a terminal a progress bar shows the rounds with loss and validation MRR; else
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -48,7 +49,7 @@ class ConsoleObserver:
         )
         for number, line in enumerate(info.placement):
             self._say(f"{'placement   ' if number == 0 else ' ' * 12}{line}")
-        self.console.print(_client_table(info.clients))
+        _show_clients(info.clients, self.console)
         if info.start_round > 1:
             self._say(f"continuing with round {info.start_round} of {info.num_rounds}")
         if self.console.is_terminal:
@@ -97,46 +98,47 @@ def make_console() -> Console:
 
 def show_result(result: RunResult, console: Console) -> None:
     """Print test metrics per client and weighted, imputation, consistency, seconds per phase and bytes."""
-    console.print(_metrics_table(result))
+    _show_metrics(result, console)
     if result.imputation:
-        console.print(_imputation_table(result.imputation))
+        names = list(dict.fromkeys(name for values in result.imputation.values() for name in values))
+        rows = [[row, *(_number(values.get(name)) for name in names)] for row, values in result.imputation.items()]
+        show_rows("Imputation of the features kept aside", ["", *names], rows, console)
     if result.consistency:
-        console.print(_pairs_table("Semantic consistency between clients (cosine)", "modality", result.consistency))
-    if result.seconds:
-        rows = {**result.seconds, "together": sum(result.seconds.values())}
-        console.print(_pairs_table("Seconds per phase", "phase", rows, "{:.1f}"))
-    console.print(f"bytes up {format_bytes(result.bytes_up)}, down {format_bytes(result.bytes_down)}")
-    best = f"; models are those of round {result.best_round}, chosen on validation"
-    console.print(escape(f"run folder {result.folder}{best}"), soft_wrap=True)
+        rows = [[name, _number(value)] for name, value in result.consistency.items()]
+        show_rows("Semantic consistency between clients", ["", "cosine"], rows, console)
+    seconds = {**result.seconds, "together": sum(result.seconds.values())}
+    show_rows("Time", ["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()], console)
+    console.print(
+        f"Bytes: {format_bytes(result.bytes_up)} up, {format_bytes(result.bytes_down)} down\n"
+        f"Models: those of round {result.best_round}, chosen on validation, in {escape(str(result.folder))}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def show_candidates(question: str, candidates: Sequence[Candidate], console: Console) -> None:
     """Print the top candidates of one question with their scores and whether they are known."""
-    table = Table(title=escape(question), title_justify="left")
-    table.add_column("#", justify="right")
-    table.add_column("entity")
-    table.add_column("key")
-    table.add_column("score", justify="right")
-    table.add_column("known")
-    for place, candidate in enumerate(candidates, start=1):
-        known = "yes" if candidate.known else ""
-        table.add_row(str(place), escape(candidate.label), escape(candidate.key), f"{candidate.score:.3f}", known)
-    console.print(table)
+    rows = [
+        [str(place), item.label, item.key, f"{item.score:.3f}", "yes" if item.known else ""]
+        for place, item in enumerate(candidates, start=1)
+    ]
+    show_rows(question, ["#", "entity", "key", "score", "known"], rows, console)
 
 
 def show_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
-    """Print a table of texts, numbers to the right."""
-    table = Table(title=escape(title), title_justify="left")
+    """Print a title and a table of texts, numbers to the right, the row `weighted` bold."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(header):
         numeric = all(_looks_numeric(row[column]) for row in rows)
         table.add_column(escape(name), justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(cell) for cell in row), style="bold" if row[0] == "weighted" else None)
+    console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
     console.print(table)
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Write a size with a unit, for example 1536 as "1.5 kB" (units of 1000)."""
+    """Write a size with a unit, for example 1500 as "1.5 kB" (units of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -144,66 +146,36 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def _client_table(clients: Sequence[tuple[int, int, int, int, int, int]]) -> Table:
-    table = Table(title="Clients", title_justify="left", caption=_left_out(len(clients)), caption_justify="left")
-    for name in ("client", "entities", "relations", "train", "valid", "test"):
-        table.add_column(name, justify="right")
-    for row in clients[:MAX_CLIENT_ROWS]:
-        table.add_row(str(row[0]), *(f"{count:,}" for count in row[1:]))
-    return table
+def _show_clients(clients: Sequence[tuple[int, int, int, int, int, int]], console: Console) -> None:
+    header = ["client", "entities", "relations", "train", "valid", "test"]
+    rows = [[str(row[0]), *(f"{count:,}" for count in row[1:])] for row in clients[:MAX_CLIENT_ROWS]]
+    show_rows(f"{len(clients)} clients{_left_out(len(clients))}", header, rows, console)
 
 
-def _metrics_table(result: RunResult) -> Table:
-    rows = result.clients[:MAX_CLIENT_ROWS]
-    table = Table(
-        title="Test, filtered, realistic ranks",
-        title_justify="left",
-        caption=_left_out(len(result.clients)),
-        caption_justify="left",
-    )
-    combined = any(row.combination is not None for row in rows)
-    names = ["queries", "MRR", *(f"Hits@{k}" for k in sorted(result.test.hits)), "valid MRR"]
-    for name in ["client", *names, *(["combination"] if combined else [])]:
-        table.add_column(name, justify="right")
-    for number, row in enumerate(rows):
-        extra = [_number(row.combination, 2)] if combined else []
-        cells = [str(row.client), *_metric_cells(row.test), _number(row.valid_mrr), *extra]
-        table.add_row(*cells, end_section=number == len(rows) - 1)
-    table.add_row("weighted", *_metric_cells(result.test), "", *([""] if combined else []), style="bold")
-    return table
+def _show_metrics(result: RunResult, console: Console) -> None:
+    shown = result.clients[:MAX_CLIENT_ROWS]
+    combined = any(row.combination is not None for row in shown)
+    header = ["client", "queries", "MRR", *(f"Hits@{k}" for k in sorted(result.test.hits)), "valid MRR"]
+    rows = [[str(row.client), *_metric_cells(row.test), _number(row.valid_mrr)] for row in shown]
+    rows.append(["weighted", *_metric_cells(result.test), ""])
+    if combined:
+        header.append("combination")
+        for cells, combination in zip(rows, [*(row.combination for row in shown), None], strict=True):
+            cells.append("" if combination is None else f"{combination:.2f}")
+    show_rows(f"Test, filtered, realistic ranks{_left_out(len(result.clients))}", header, rows, console)
 
 
 def _metric_cells(metrics: RankingMetrics) -> list[str]:
     return [f"{metrics.num_queries:,}", _number(metrics.mrr), *(_number(metrics.hits[k]) for k in sorted(metrics.hits))]
 
 
-def _imputation_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table(title="Imputation of features kept aside", title_justify="left")
-    table.add_column("")
-    names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    for name in names:
-        table.add_column(name, justify="right")
-    for row, values in rows.items():
-        table.add_row(row, *(_number(values.get(name)) for name in names))
-    return table
+def _left_out(num_clients: int) -> str:
+    return f" (the first {MAX_CLIENT_ROWS} of {num_clients})" if num_clients > MAX_CLIENT_ROWS else ""
 
 
-def _pairs_table(title: str, header: str, pairs: Mapping[str, float], form: str = "{:.4f}") -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(header)
-    table.add_column("", justify="right")
-    for name, value in pairs.items():
-        table.add_row(name, form.format(value))
-    return table
-
-
-def _left_out(num_clients: int) -> str | None:
-    return f"and {num_clients - MAX_CLIENT_ROWS} more clients" if num_clients > MAX_CLIENT_ROWS else None
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def _looks_numeric(text: str) -> bool:
-    return text == "" or text == "-" or text.replace(",", "").rstrip("%").strip().replace(".", "", 1).isdigit()
+    return text in ("", "-", "weighted") or text.replace(",", "").removeprefix("-").replace(".", "", 1).isdigit()

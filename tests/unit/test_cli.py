@@ -84,6 +84,8 @@ def test_split_writes_a_split_that_another_run_of_it_equals(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "split", "tiny", "a.safetensors", "--kind", "cluster", "--num-clients", "2"]) == 0
     assert "train" in capsys.readouterr().out
+    assert cli.main(["data", "info", "tiny", "--split", "a.safetensors"]) == 0
+    assert "image features" in capsys.readouterr().out
     assert cli.main(["data", "split", "tiny", "b.safetensors", "--from", "a.safetensors"]) == 0
     assert cli.main(["data", "split", "tiny", "a.safetensors"]) == 2
     assert "already exists" in capsys.readouterr().err
