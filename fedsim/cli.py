@@ -207,9 +207,9 @@ def _runtime_factory(config: Config) -> RuntimeFactory:
         from actors.runtime import ray_runtime
 
         return ray_runtime
-    from fedsim.federated.runtime import in_process_runtime
+    from fedsim.federated.runtime import InProcessRuntime
 
-    return in_process_runtime
+    return InProcessRuntime
 
 
 def _run_config(folder: Path) -> Config:
