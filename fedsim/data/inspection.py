@@ -206,17 +206,15 @@ def _render_split(split: SplitReport) -> list[RenderableType]:
     for report in split.clients[:_MAX_CLIENT_ROWS]:
         counts = (report.client, report.num_entities, report.num_relations, *report.num_triples.values())
         table.add_row(*(f"{count:,}" for count in counts), *(_percent(report.coverage[name]) for name in modalities))
-    notes = f"{_percent(split.share_overlapping)} of the entities are at two clients or more"
+    notes = [f"{_percent(split.share_overlapping)} of the entities are at two clients or more"]
     if split.num_moved:
-        notes += f"; {split.num_moved:,} valid or test triples moved to the train of their client"
-    if len(split.clients) > _MAX_CLIENT_ROWS:
-        sizes = [report.num_triples["train"] for report in split.clients]
-        notes += (
-            f"; {len(sizes) - _MAX_CLIENT_ROWS} more clients not shown; train triples per client: smallest "
-            f"{min(sizes):,}, median {int(np.median(sizes)):,}, largest {max(sizes):,}"
-        )
-        return [table, Text(notes)]
-    return [table, _overlap_table(split.shared_entities), Text(notes)]
+        notes.append(f"{split.num_moved:,} valid or test triples moved to the train of their client")
+    if len(split.clients) <= _MAX_CLIENT_ROWS:
+        return [table, _overlap_table(split.shared_entities), Text("\n".join(notes))]
+    sizes = [report.num_triples["train"] for report in split.clients]
+    notes.append(f"{len(sizes) - _MAX_CLIENT_ROWS} more clients not shown; train triples per client: ")
+    notes[-1] += f"smallest {min(sizes):,}, median {int(np.median(sizes)):,}, largest {max(sizes):,}"
+    return [table, Text("\n".join(notes))]
 
 
 def _overlap_table(shared: npt.NDArray[np.int64]) -> Table:

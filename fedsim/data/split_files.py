@@ -120,7 +120,8 @@ def _read_tsv(path: Path) -> tuple[SplitRows, int]:
     splits = np.array(columns["split"])
     strange = np.flatnonzero(~np.isin(splits, SPLIT_NAMES))
     if len(strange):
-        raise DataError(f"{path}:{strange[0] + 2}: split is {splits[strange[0]]!r}, need {', '.join(SPLIT_NAMES)}")
+        found = columns["split"][strange[0]]
+        raise DataError(f"{path}:{strange[0] + 2}: split is {found!r}, need {', '.join(SPLIT_NAMES)}")
     numbers = []
     for name in ("client", "head", "relation", "tail"):
         bad = [line for line, value in enumerate(columns[name], start=2) if not value.isdecimal()]

@@ -47,7 +47,7 @@ def import_dataset(
     triples_format: str = "auto",
     features: Mapping[str, Path] | None = None,
     pictures: Path | None = None,
-    repair_valid: bool = False,
+    mend_valid: bool = False,
     seed: int = 0,
     description: str = "",
     licence: str = "",
@@ -64,7 +64,7 @@ def import_dataset(
         features: a feature file per modality, besides or instead of the source's features.npz.
         pictures: a folder or zip file with the files that the column `picture` of entities.tsv names; by default
             what the source holds.
-        repair_valid: drop valid triples that train or test holds too; where that is most, carve a fresh validation
+        mend_valid: drop valid triples that train or test holds too; where that is most, carve a fresh validation
             set out of train.
         seed: of the carving.
         description: one line about the data.
@@ -79,7 +79,7 @@ def import_dataset(
         read = _source_of_fede(fede) if fede is not None else READERS[kind](source)
         origin = [{"name": source.name, "version": "", "licence": licence, "notice": ""}]
         meta: dict[str, Any] = {"description": description, "licence": licence, "source": origin}
-        graph, notes = _mend(_as_graph(read, name or output.name, meta), repair_valid=repair_valid, seed=seed)
+        graph, notes = _mend(_as_graph(read, name or output.name, meta), mend_valid=mend_valid, seed=seed)
         graph = replace(graph, features=_read_all_features(source, read, dict(features or {}), notes))
         graph, pictures_dir = _find_pictures(graph, source, pictures, folder / ".pictures")
         write_dataset(graph, folder, pictures_dir)
@@ -123,7 +123,7 @@ def _as_graph(read: Source, name: str, meta: dict[str, Any]) -> KnowledgeGraph:
     )
 
 
-def _mend(graph: KnowledgeGraph, *, repair_valid: bool, seed: int) -> tuple[KnowledgeGraph, list[str]]:
+def _mend(graph: KnowledgeGraph, *, mend_valid: bool, seed: int) -> tuple[KnowledgeGraph, list[str]]:
     """Leave out repeated triples and, where asked, repair the validation set; the notes say what was done."""
     notes = []
     distinct = {}
@@ -133,7 +133,7 @@ def _mend(graph: KnowledgeGraph, *, repair_valid: bool, seed: int) -> tuple[Know
         if num_repeats:
             notes.append(f"{name}: {num_repeats} repeated triples left out, {len(distinct[name])} kept")
     graph = replace(graph, train=distinct["train"], valid=distinct["valid"], test=distinct["test"])
-    if repair_valid:
+    if mend_valid:
         train, valid, done = repair.repair_valid(graph, seed)
         graph = replace(graph, train=train, valid=valid)
         if done.num_dropped:
@@ -145,7 +145,7 @@ def _mend(graph: KnowledgeGraph, *, repair_valid: bool, seed: int) -> tuple[Know
     for first, second in (("valid", "train"), ("valid", "test"), ("test", "train")):
         num_common = int(np.isin(graph.pack(graph.triples[first]), graph.pack(graph.triples[second])).sum())
         if num_common:
-            mend = "; import with repair_valid" if first == "valid" else ""
+            mend = "; import with --mend-valid" if first == "valid" else ""
             notes.append(f"{first}: {num_common} triples are also in {second}, scores on them mean little{mend}")
     return graph, notes
 
