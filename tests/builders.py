@@ -1,7 +1,8 @@
 """Small graphs and data set folders for tests."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,3 +75,19 @@ def write_tiny_dataset(
     """Save a `tiny_graph` as a data set folder and return the folder."""
     save_dataset(tiny_graph(num_entities, num_relations, num_triples, seed, modalities), path)
     return path
+
+
+def write_lines(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows as tsv, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+
+
+def write_ids(graph: KnowledgeGraph, folder: Path) -> None:
+    """Write a graph as people have it: tables with ids and triples of ids; features are left out."""
+    columns = zip(graph.entity_keys, graph.entity_labels, graph.entity_descriptions, strict=True)
+    rows = [(i, *row) for i, row in enumerate(columns)]
+    write_lines(folder / "entities.tsv", [("id", "key", "label", "description"), *rows])
+    write_lines(folder / "relations.tsv", [("id", "key"), *enumerate(graph.relation_keys)])
+    for name, triples in graph.triples.items():
+        write_lines(folder / f"{name}.tsv", triples.tolist())
