@@ -81,7 +81,7 @@ class DiffusionConfig(Section):
     link_rows: Annotated[int, Field(ge=0)] = Field(
         128, description="missing entities per step whose one-step estimate carries the link-prediction gradient"
     )
-    min_snr: Positive = Field(5.0, description="cap of the signal-to-noise weight of L_diff")
+    min_snr: Positive | None = Field(None, description="weigh L_diff by min(SNR, this); null weighs steps alike")
     use_prototypes: bool = Field(True, description="condition on the server's prototypes where it sent them")
 
     @model_validator(mode="after")
@@ -129,7 +129,9 @@ class DistillationConfig(Section):
     feature_to_client: Weight = Field(0.1, description="eq. 10, tokens of the private model follow the global copy")
     feature_to_global: Weight = Field(0.1, description="eq. 10, tokens of the global copy follow the private model")
     prototype: Weight = Field(0.1, description="eq. 10, imputed tokens follow the server's prototypes")
-    send_prototypes: bool = Field(True, description="clients send projected tokens, the server sends prototypes, eq. 11")
+    send_prototypes: bool = Field(
+        True, description="clients send projected tokens, the server sends prototypes, eq. 11"
+    )
     warmup_rounds: Annotated[int, Field(ge=0)] = Field(2, description="rounds before the client terms switch on")
     num_soft_queries: Annotated[int, Field(ge=0)] = Field(64, description="soft queries a client sends; 0 sends none")
     num_candidates: Annotated[int, Field(ge=2)] = Field(32, description="candidates per soft query")

@@ -1,0 +1,172 @@
+"""What each client holds: its triples under local ids, and the features it may see.
+
+Built once from (graph, config); everything here is private to a client and never enters a message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsim.config import Config
+from fedsim.data.dataset import Features, KnowledgeGraph, Triples
+from fedsim.data.modalities import visible_mask
+from fedsim.data.splits import FederatedSplit, load_split, make_split, resolve_split
+from fedsim.errors import ConfigError, DataError
+from fedsim.randomness import numpy_generator
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ClientFeatures:
+    """One modality at one client.
+
+    Attributes:
+        rows: local entity ids that have the modality in the data, [num_rows].
+        values: [num_rows, feature_dim] float32.
+        visible: bool [num_rows]; hidden ones are kept aside for the imputation metrics.
+    """
+
+    rows: Ids
+    values: npt.NDArray[np.float32]
+    visible: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class EvaluationGroup:
+    """Triples that are ranked among the same candidates; a client has one, central training one per client.
+
+    Attributes:
+        name: the client they belong to.
+        candidates: local entity ids, sorted, [num_candidates].
+        triples: split name -> [num_triples, 3], local ids.
+    """
+
+    name: int
+    candidates: Ids
+    triples: dict[str, Triples]
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's private knowledge graph.
+
+    Attributes:
+        client: its id, from 0.
+        entity_ids: global ids of its entities, sorted, [num_entities].
+        relation_ids: global ids of its relations, sorted, [num_relations].
+        train: [num_triples, 3], local ids.
+        features: modality -> features.
+        groups: what it is evaluated on.
+    """
+
+    client: int
+    entity_ids: Ids
+    relation_ids: Ids
+    train: Triples
+    features: dict[str, ClientFeatures]
+    groups: tuple[EvaluationGroup, ...]
+
+
+def load_federated_split(graph: KnowledgeGraph, config: Config) -> FederatedSplit:
+    """Divide the graph as the config says."""
+    data = config.data
+    if data.split == "given":
+        assert data.split_file is not None, "the config refuses a given split without a file"
+        return load_split(resolve_split(graph, data.split_file), graph, move_unseen=True)
+    return make_split(graph, data.split, data.num_clients, seed=config.data_seed, alpha=data.dirichlet_alpha)
+
+
+def chosen_modalities(graph: KnowledgeGraph, config: Config) -> list[str]:
+    """Return the modalities used, in the data set's order; ConfigError if one is not there."""
+    if config.data.modalities is None:
+        return list(graph.features)
+    for name in config.data.modalities:
+        if name not in graph.features:
+            raise ConfigError(
+                f"config field 'data.modalities' names '{name}', but {graph.name} has {', '.join(graph.features)}"
+            )
+    return [name for name in graph.features if name in config.data.modalities]
+
+
+def build_clients(
+    graph: KnowledgeGraph, split: FederatedSplit, config: Config, *, together: bool = False
+) -> list[ClientData]:
+    """Make every client's data.
+
+    Args:
+        graph: the whole graph.
+        split: who holds which triple.
+        config: modalities, missing rates and seeds.
+        together: put all data at one client (central training), still evaluated client by client.
+    """
+    if not together:
+        return [build_client(graph, split, config, [client]) for client in range(split.num_clients)]
+    return [build_client(graph, split, config, range(split.num_clients))]
+
+
+def build_client(graph: KnowledgeGraph, split: FederatedSplit, config: Config, members: Sequence[int]) -> ClientData:
+    """Make the data of one client that holds what the split gives to `members`."""
+    train = np.concatenate([split.client_triples("train", member) for member in members])
+    if len(train) == 0:
+        raise DataError(f"client {members[0]} has no training triple; use fewer clients or another data.split")
+    entity_ids = np.unique(train[:, [0, 2]])
+    relation_ids = np.unique(train[:, 1])
+    local = _Localiser(entity_ids, relation_ids, members[0])
+    groups = []
+    for member in members:
+        triples = {name: local(split.client_triples(name, member)) for name in ("train", "valid", "test")}
+        groups.append(EvaluationGroup(member, np.unique(triples["train"][:, [0, 2]]), triples))
+    features = {
+        name: _client_features(graph.features[name], name, entity_ids, members[0], split.num_clients, config)
+        for name in chosen_modalities(graph, config)
+    }
+    return ClientData(members[0], entity_ids, relation_ids, local(train), features, tuple(groups))
+
+
+def _client_features(
+    features: Features, name: str, entity_ids: Ids, client: int, num_clients: int, config: Config
+) -> ClientFeatures:
+    """Take a client's rows of one modality, hide some, and disturb them if asked."""
+    data = config.data
+    present = np.isin(features.entity, entity_ids)
+    rows = np.searchsorted(entity_ids, features.entity[present])
+    values = np.asarray(features.values[present], dtype=np.float32)
+    if data.feature_noise > 0 and len(values):
+        generator = numpy_generator(config.data_seed, f"feature_noise/{name}", client=client)
+        scale = data.feature_noise * float(np.sqrt(np.mean(np.square(values))))
+        values = values + scale * generator.standard_normal(values.shape).astype(np.float32)
+    available = np.zeros(len(entity_ids), dtype=np.bool_)
+    available[rows] = True
+    rate = data.missing_rate if isinstance(data.missing_rate, float | int) else data.missing_rate.get(name, 0.0)
+    visible = visible_mask(
+        available,
+        modality=name,
+        client=client,
+        num_clients=num_clients,
+        missing_rate=float(rate),
+        pattern=data.missing_pattern,
+        seed=config.data_seed,
+    )
+    return ClientFeatures(rows, values, visible[rows])
+
+
+class _Localiser:
+    """Maps global to local ids, and refuses an entity or relation that the client's train does not have."""
+
+    def __init__(self, entity_ids: Ids, relation_ids: Ids, client: int) -> None:
+        self.entity_ids, self.relation_ids, self.client = entity_ids, relation_ids, client
+
+    def __call__(self, triples: Triples) -> Triples:
+        local = np.empty_like(triples)
+        for column, ids in ((0, self.entity_ids), (1, self.relation_ids), (2, self.entity_ids)):
+            place = np.searchsorted(ids, triples[:, column]).clip(max=len(ids) - 1)
+            if not np.array_equal(ids[place], triples[:, column]):
+                raise DataError(
+                    f"client {self.client} has a valid or test triple whose entity or relation is not in its train; "
+                    f"rebuild the split with `fedsim data split`"
+                )
+            local[:, column] = place
+        return local

@@ -1,0 +1,10 @@
+"""Federation: strategies, messages, the client and server sides, and the in-process runtime."""
+
+from fedsim.federated.fede import FedE
+from fedsim.federated.local import Central, Local
+from fedsim.federated.mmfed3 import MMFeD3
+from fedsim.federated.strategy import Strategy
+
+STRATEGIES: dict[str, type[Strategy]] = {"local": Local, "central": Central, "fede": FedE, "mmfed3": MMFeD3}
+
+__all__ = ["STRATEGIES", "Strategy"]

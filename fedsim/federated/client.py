@@ -1,0 +1,331 @@
+"""The client side: private data and state, local training, and evaluation (method.md sections 3 to 5, 7)."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.data.clients import ClientData
+from fedsim.data.dataset import Triples
+from fedsim.errors import FedSimError, RunError
+from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples, summarise, weighted_mean
+from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, message_bytes
+from fedsim.federated.strategy import Strategy
+from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes
+from fedsim.models.optimizers import reset_state
+from fedsim.models.parameters import Params, select_view, with_prefix
+from fedsim.models.training import ClientValues, TrainingInput, impute_view, train_epochs
+from fedsim.randomness import torch_generator
+
+COMBINATIONS = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the global copy's scores beside the private model's
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What the driver learns of a client's round: numbers only.
+
+    Attributes:
+        client: the client's id.
+        losses: mean of each loss term, and ``total``.
+        bytes_down: size of what it was sent.
+        bytes_up: size of what it sent.
+        seconds: of its local training.
+    """
+
+    client: int
+    losses: dict[str, float]
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClientEvaluation:
+    """Ranking metrics of one client on one split.
+
+    Attributes:
+        client: the client's id (with central training, the client whose triples were ranked).
+        metrics: filtered realistic ranking metrics.
+        combination: weight of the global copy's scores; None with a single view.
+    """
+
+    client: int
+    metrics: RankingMetrics
+    combination: float | None
+
+
+class Client:
+    """One institution. Everything it holds is private; what leaves is a `ClientHello` or a `ClientUpdate`.
+
+    Args:
+        data: its graph and features.
+        config: the experiment.
+        strategy: says which views are trained and what is sent.
+        device: where its tensors live.
+    """
+
+    def __init__(self, data: ClientData, config: Config, strategy: Strategy, device: torch.device) -> None:
+        self.data, self.config, self.strategy, self.device = data, config, strategy, device
+        self.model = ClientModel(config, {name: item.values.shape[1] for name, item in data.features.items()})
+        self.entity_ids = torch.from_numpy(data.entity_ids)
+        self.features = {
+            name: ModalityInput(
+                torch.from_numpy(item.rows[item.visible]).to(device),
+                torch.from_numpy(item.values[item.visible]).to(device),
+            )
+            for name, item in data.features.items()
+        }
+        self.triples = torch.from_numpy(data.train).to(device)
+        self.filters = {
+            group.name: _filter_index(group.triples, len(data.entity_ids), len(data.relation_ids))
+            for group in data.groups
+        }
+        self.values = ClientValues()
+        self.values.params["relation"] = self.model.init_relations(
+            len(data.relation_ids), self._generator("init/relation", 0)
+        ).to(device)
+        self.prototypes: Prototypes | None = None
+        self.sent: tuple[int, Tensor, Tensor] | None = None  # round, tokens [num_modalities, n, dim], present
+        self.combination: float | None = 0.5 if len(strategy.views) > 1 else None
+        if not strategy.federated:
+            self._init_view(strategy.views[0])
+
+    def hello(self) -> ClientHello:
+        """Say which entities this client owns."""
+        return ClientHello(self.data.client, self.entity_ids, len(self.data.train))
+
+    def join(self, broadcast: Broadcast) -> None:
+        """Take the initial global model, so that every client has one before its first round."""
+        self._receive(broadcast)
+
+    def train(self, round_num: int, broadcast: Broadcast | None) -> tuple[ClientUpdate | None, ClientReport]:
+        """Take part in a round.
+
+        Args:
+            round_num: the round, from 1.
+            broadcast: what the server sent to this client; None without federation.
+
+        Returns:
+            The message to the server (None without federation) and a report.
+        """
+        started = time.perf_counter()
+        if broadcast is not None:
+            self._receive(broadcast)
+        self._reset_optimizer()
+        inputs = self._inputs()
+        try:
+            losses = train_epochs(
+                self.model,
+                self.strategy.views,
+                self.values,
+                inputs,
+                lambda forwards: self.strategy.couple(round_num, forwards),
+                lambda purpose: self._generator(purpose, round_num),
+            )
+        except FedSimError as err:
+            raise RunError(f"client {self.data.client}, round {round_num}: {err}") from err
+        update = self._update(round_num, inputs) if broadcast is not None else None
+        seconds = time.perf_counter() - started
+        return update, ClientReport(self.data.client, losses, message_bytes(broadcast), message_bytes(update), seconds)
+
+    def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
+        """Rank the triples of a split.
+
+        Args:
+            split: "valid" or "test".
+            round_num: seeds the imputation's draws.
+            choose: choose the combination of views on this split (validation only); else use the chosen one.
+        """
+        tables = self._embeddings(round_num)
+        both_sides = self.config.evaluation.protocol == "both"
+        tried: dict[float | None, list[RankingMetrics]] = {}
+        options = COMBINATIONS if choose and self.combination is not None else (self.combination,)
+        for weight in options:
+            tried[weight] = [
+                summarise(
+                    rank_triples(
+                        lambda *query, weight=weight: self._scores(tables, weight, *query),
+                        group.triples[split],
+                        self.filters[group.name],
+                        batch_size=self.config.evaluation.batch_size,
+                        both_sides=both_sides,
+                        candidates=torch.from_numpy(group.candidates) if len(self.data.groups) > 1 else None,
+                    ),
+                    ks=(1, 3, 10) if both_sides else (1, 5, 10),
+                )
+                for group in self.data.groups
+            ]
+        best = max(tried, key=lambda weight: weighted_mean(tried[weight]).mrr)
+        if choose:
+            self.combination = best
+        return [
+            ClientEvaluation(group.name, metrics, best)
+            for group, metrics in zip(self.data.groups, tried[best], strict=True)
+        ]
+
+    def scores(self, entity: Tensor, relation: Tensor, inverse: bool, round_num: int) -> Tensor:
+        """Score all entities of the client for queries of local ids, [batch] -> [batch, num_entities]."""
+        return self._scores(self._embeddings(round_num), self.combination, entity, relation, inverse)
+
+    def complete_tokens(self, view: str, round_num: int) -> tuple[Tensor, Tensor]:
+        """Return a view's hyper-modal embeddings, imputed where missing (eq. 7), for the evaluation instruments.
+
+        Returns:
+            Tokens [num_tokens, num_entities, dim], and availability bool [num_tokens, num_entities].
+        """
+        inputs = self._inputs()
+        with torch.no_grad():
+            tokens = self.model.tokens(self._view(view), inputs.features, inputs.prototypes)
+            generator = self._generator(f"evaluate/{view}", round_num)
+            imputation = impute_view(self.model, self.values, view, inputs, generator)
+            if imputation is None:
+                return tokens.values, tokens.available
+            return torch.where(tokens.available.unsqueeze(-1), tokens.values, imputation.values), tokens.available
+
+    def project(self, view: str, modality: str, values: Tensor) -> Tensor:
+        """Project features by a view's projection, [num_rows, feature_dim] -> [num_rows, dim] (instruments only)."""
+        with torch.no_grad():
+            return self.model.project(self._view(view), modality, values)
+
+    def state(self) -> Params:
+        """Return all that this client keeps between rounds, as one flat dict of CPU tensors."""
+        state = with_prefix(self.values.params, "params")
+        state |= with_prefix(self.values.optimizer, "optimizer") | with_prefix(self.values.ema, "ema")
+        if self.combination is not None:
+            state["combination"] = torch.tensor(self.combination, dtype=torch.float64)
+        if self.prototypes is not None:
+            state |= {"prototypes/values": self.prototypes.values, "prototypes/present": self.prototypes.present}
+        if self.sent is not None:
+            state |= {
+                "sent/round": torch.tensor(self.sent[0]),
+                "sent/tokens": self.sent[1],
+                "sent/present": self.sent[2],
+            }
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        on_device = {
+            name: value.to(self.device) for name, value in state.items() if not name.startswith("optimizer/steps")
+        }
+        steps = {name: value.clone() for name, value in state.items() if name.startswith("optimizer/steps")}
+        whole = on_device | steps
+        self.values = ClientValues(
+            select_view(whole, "params"), select_view(whole, "optimizer"), select_view(whole, "ema")
+        )
+        self.combination = float(state["combination"]) if "combination" in state else None
+        self.prototypes = self.sent = None
+        if "prototypes/values" in state:
+            self.prototypes = Prototypes(whole["prototypes/values"], whole["prototypes/present"])
+        if "sent/round" in state:
+            self.sent = (int(state["sent/round"]), whole["sent/tokens"], whole["sent/present"])
+
+    def _generator(self, purpose: str, round_num: int) -> torch.Generator:
+        return torch_generator(self.config.seed, purpose, round_num=round_num, client=self.data.client)
+
+    def _view(self, view: str) -> Params:
+        return select_view(self.values.params, view) | select_view(self.values.ema, view)
+
+    def _inputs(self) -> TrainingInput:
+        return TrainingInput(self.triples, self.features, self.prototypes)
+
+    def _init_view(self, view: str) -> None:
+        """Start a view from this client's own draws (training without federation)."""
+        generator = self._generator(f"init/{view}", 0)
+        params = {"entity": self.model.init_entities(len(self.data.entity_ids), generator)}
+        self._set_view(view, params | self.model.init_modules(generator))
+
+    def _set_view(self, view: str, params: Mapping[str, Tensor]) -> None:
+        own = {name: value.detach().clone().to(self.device) for name, value in params.items()}
+        self.values.params |= with_prefix(own, view)
+        averages = {name: value.clone() for name, value in own.items() if name.startswith("imputer.")}
+        self.values.ema |= with_prefix(averages, view)
+
+    def _receive(self, broadcast: Broadcast) -> None:
+        """Start the global copy anew from the server's model; a private model starts there once."""
+        params = {"entity": broadcast.entity, **broadcast.modules}
+        for view in self.strategy.views:
+            if view == "global" or f"{view}/entity" not in self.values.params:
+                self._set_view(view, params)
+        if broadcast.prototypes is not None:
+            table = broadcast.prototypes
+            values, counts = table.values.to(self.device), table.counts.to(self.device)
+            if self.sent is not None:
+                # Take this client's own tokens out, or the denoiser would be shown what it has to recover.
+                sent_round, tokens, present = self.sent
+                own = present & (table.rounds.to(self.device) == sent_round)
+                counts = counts - own.to(counts.dtype)
+                total = values * (counts + own).unsqueeze(-1) - tokens * own.unsqueeze(-1)
+                values = torch.where(own.unsqueeze(-1), total / counts.clamp(min=1).unsqueeze(-1), values)
+            has_any = counts > 0
+            self.prototypes = Prototypes(values * has_any.unsqueeze(-1), has_any)
+
+    def _reset_optimizer(self) -> None:
+        reset = self.config.training.reset_optimizer
+        if reset == "always":
+            reset_state(self.values.optimizer)
+        elif reset == "global":
+            reset_state(self.values.optimizer, "global/")
+
+    def _update(self, round_num: int, inputs: TrainingInput) -> ClientUpdate:
+        """Assemble the message to the server: the global copy, with the averaged denoiser, and the extras."""
+        extras = self.strategy.extras(
+            self.model, self.values, inputs, self.entity_ids, self._generator("extras", round_num)
+        )
+        modules = {name: value.cpu().clone() for name, value in self._view("global").items() if name != "entity"}
+        entity = self.values.params["global/entity"].cpu().clone()
+        present = tokens = None
+        if extras.token_present is not None and extras.tokens is not None:
+            sent = extras.tokens.new_zeros(*extras.token_present.shape, self.model.dim)
+            sent[extras.token_present] = extras.tokens
+            self.sent = (round_num, sent, extras.token_present)
+            present, tokens = extras.token_present.cpu(), extras.tokens.cpu()
+        return ClientUpdate(
+            self.data.client,
+            round_num,
+            len(self.data.train),
+            self.entity_ids,
+            entity,
+            modules,
+            present,
+            tokens,
+            extras.soft_queries,
+        )
+
+    def _embeddings(self, round_num: int) -> dict[str, Tensor]:
+        """Embed all entities under each view, [num_parts, num_entities, dim]."""
+        tables = {}
+        inputs = self._inputs()
+        with torch.no_grad():
+            for view in self.strategy.views:
+                own = self._view(view)
+                tokens = self.model.tokens(own, inputs.features, inputs.prototypes)
+                generator = self._generator(f"evaluate/{view}", round_num)
+                imputation = impute_view(self.model, self.values, view, inputs, generator)
+                tables[view] = self.model.embed(own, tokens, imputation)
+        return tables
+
+    def _scores(
+        self, tables: Mapping[str, Tensor], weight: float | None, entity: Tensor, relation: Tensor, inverse: bool
+    ) -> Tensor:
+        """Score by one view, or by weight * global copy + (1 - weight) * private model."""
+        relations = self.values.params["relation"]
+        entity, relation = entity.to(self.device), relation.to(self.device)
+        total: Tensor | None = None
+        for view, table in tables.items():
+            share = 1.0 if weight is None else weight if view == "global" else 1 - weight
+            if share == 0:
+                continue
+            queries = self.model.queries(table, relations, entity, relation, inverse=inverse)
+            scores = share * self.model.scores(queries, table)
+            total = scores if total is None else total + scores
+        assert total is not None, "the shares of the views add up to one"
+        return total
+
+
+def _filter_index(triples: Mapping[str, Triples], num_entities: int, num_relations: int) -> FilterIndex:
+    return FilterIndex.build(np.concatenate(list(triples.values())), num_entities, num_relations)

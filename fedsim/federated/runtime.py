@@ -1,0 +1,203 @@
+"""Where clients and server run: the `Runtime` protocol, and the one that runs all of them in this process."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fedsim.checkpoint import client_file, load_tensors, save_tensors, server_file
+from fedsim.config import Config
+from fedsim.data.clients import ClientData, build_clients, load_federated_split
+from fedsim.data.dataset import load_dataset, resolve_dataset
+from fedsim.evaluation.consistency import TokenSample, sample_tokens, semantic_consistency, shared_entities
+from fedsim.evaluation.imputation import measure_imputation
+from fedsim.federated import STRATEGIES, Strategy
+from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.server import Server, ServerReport
+from fedsim.models.client_model import pick
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config with the data it names, divided among clients.
+
+    Attributes:
+        config: the experiment.
+        graph_name: the data set's name.
+        num_entities: size of the global entity id space.
+        feature_dims: modality -> width of its features.
+        clients: each client's private data.
+        num_moved: valid and test triples that the split moved to train.
+    """
+
+    config: Config
+    graph_name: str
+    num_entities: int
+    feature_dims: dict[str, int]
+    clients: list[ClientData]
+    num_moved: int
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One round of training.
+
+    Attributes:
+        reports: of each client of the cohort, in client order.
+        server: the server's report; None without federation.
+        seconds: phase -> seconds of wall time.
+    """
+
+    reports: list[ClientReport]
+    server: ServerReport | None
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the evaluation instruments saw.
+
+    Attributes:
+        imputation: client -> metric -> value (see `measure_imputation`).
+        consistency: view and modality -> mean cosine between clients.
+    """
+
+    imputation: dict[int, dict[str, float]] = field(default_factory=dict)
+    consistency: dict[str, float] = field(default_factory=dict)
+
+
+class Runtime(Protocol):
+    """Runs clients and server; the round loop in `fedsim.simulation` sees nothing else."""
+
+    placement: list[str]
+
+    def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
+        """Broadcast, train the cohort, aggregate and distil."""
+        ...
+
+    def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
+        """Rank every client's triples of a split; results in client order."""
+        ...
+
+    def measure(self, round_num: int) -> Measurements:
+        """Measure imputation and semantic consistency."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the state of server and clients into a folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote."""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and memory."""
+        ...
+
+
+RuntimeFactory = Callable[[Experiment], Runtime]
+
+
+def prepare(config: Config) -> Experiment:
+    """Load the data set that the config names and divide it among clients."""
+    strategy = make_strategy(config)
+    graph = load_dataset(resolve_dataset(config.data.path))
+    split = load_federated_split(graph, config)
+    clients = build_clients(graph, split, config, together=strategy.together)
+    feature_dims = {name: item.values.shape[1] for name, item in clients[0].features.items()}
+    return Experiment(config, graph.name, graph.num_entities, feature_dims, clients, split.num_moved)
+
+
+def make_strategy(config: Config) -> Strategy:
+    """Make the strategy that the config names."""
+    return pick(STRATEGIES, "federation.strategy", config.federation.strategy)(config)
+
+
+def make_client(data: ClientData, config: Config, device: torch.device) -> Client:
+    """Make one client."""
+    return Client(data, config, make_strategy(config), device)
+
+
+class InProcessRuntime:
+    """All clients and the server in this process, one after the other."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        config = experiment.config
+        torch.set_num_threads(config.runtime.torch_threads)
+        strategy = make_strategy(config)
+        device = torch.device("cuda" if config.runtime.gpus_per_client > 0 else "cpu")
+        self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}
+        self.placement = [
+            f"{len(self.clients)} clients in this process, {config.runtime.torch_threads} torch thread(s)"
+        ]
+        self.server: Server | None = None
+        if strategy.federated:
+            self.server = Server(config, strategy, experiment.num_entities, experiment.feature_dims)
+            for client in self.clients.values():
+                self.server.register(client.hello())
+            welcome = self.server.begin_round(0)
+            for client in self.clients.values():
+                client.join(welcome.for_entities(client.entity_ids))
+
+    def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
+        """Train the cohort one by one; each update is added to the server's sums as it comes."""
+        started = time.perf_counter()
+        reports = []
+        broadcast = self.server.begin_round(round_num) if self.server is not None else None
+        for number in cohort:
+            client = self.clients[number]
+            sent = broadcast.for_entities(client.entity_ids) if broadcast is not None else None
+            update, report = client.train(round_num, sent)
+            if self.server is not None and update is not None:
+                self.server.receive(update)
+            reports.append(report)
+        elapsed = time.perf_counter() - started
+        if self.server is None:
+            return RoundResult(reports, None, {"train": elapsed})
+        server = self.server.finish_round()
+        return RoundResult(reports, server, phase_seconds(elapsed, server))
+
+    def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
+        """Rank every client's triples of a split."""
+        parts = [client.evaluate(split, round_num, choose=choose) for client in self.clients.values()]
+        return [evaluation for part in parts for evaluation in part]
+
+    def measure(self, round_num: int) -> Measurements:
+        """Measure imputation and semantic consistency."""
+        shared = shared_entities({number: client.entity_ids for number, client in self.clients.items()})
+        samples: list[TokenSample] = []
+        imputation = {}
+        for number, client in self.clients.items():
+            imputation[number] = measure_imputation(client, round_num)
+            samples.append(sample_tokens(client, shared, round_num))
+        return Measurements(imputation, semantic_consistency(samples))
+
+    def save(self, folder: Path) -> None:
+        """Write one file per client and one for the server."""
+        if self.server is not None:
+            save_tensors(self.server.state(), server_file(folder))
+        for number, client in self.clients.items():
+            save_tensors(client.state(), client_file(folder, number))
+
+    def load(self, folder: Path) -> None:
+        """Restore server and clients."""
+        if self.server is not None:
+            self.server.load_state(load_tensors(server_file(folder)))
+        for number, client in self.clients.items():
+            client.load_state(load_tensors(client_file(folder, number)))
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def phase_seconds(train_seconds: float, server: ServerReport) -> dict[str, float]:
+    """Split a round's wall time into phases; aggregation overlaps training, so it is shown within its own time."""
+    return {
+        "train": max(train_seconds - server.aggregate_seconds, 0.0),
+        "aggregate": server.aggregate_seconds,
+        "distil": server.distil_seconds,
+    }

@@ -1,0 +1,185 @@
+"""The client model: imputer -> fusion -> scorer, as functions of parameter values (method.md section 3).
+
+A view's parameters are ``entity`` [num_entities, dim] and the shared modules ``projection.*``, ``fusion.*`` and
+``imputer.*``. The relation table is private to the client and shared by its views.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.errors import ConfigError
+from fedsim.models.fusion import FUSIONS
+from fedsim.models.imputers import IMPUTERS, Imputation, TokenTable
+from fedsim.models.parameters import Params, layer_norm, linear, linear_init
+from fedsim.models.scorers import SCORERS
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModalityInput:
+    """One modality's features at a client, those that the model may see.
+
+    Attributes:
+        rows: int64 [num_available], local entity ids.
+        values: [num_available, feature_dim].
+    """
+
+    rows: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """The server's prototypes for a client's entities, its own contribution taken out (eq. 11).
+
+    Attributes:
+        values: [num_modalities, num_entities, dim].
+        present: bool [num_modalities, num_entities].
+    """
+
+    values: Tensor
+    present: Tensor
+
+
+def pick(registry: Mapping[str, T], field: str, name: str) -> T:
+    """Look a part up by name; ConfigError lists the names."""
+    if name not in registry:
+        raise ConfigError(f"config field '{field}' = '{name}': unknown name; choose from {', '.join(registry)}")
+    return registry[name]
+
+
+class ClientModel:
+    """Functions of a view's parameters, for one set of modalities; holds no values itself.
+
+    Args:
+        config: the experiment.
+        feature_dims: modality name -> width of its features, in the data set's order.
+    """
+
+    def __init__(self, config: Config, feature_dims: Mapping[str, int]) -> None:
+        self.config = config
+        self.scorer = pick(SCORERS, "model.scorer", config.model.scorer)
+        self.fusion = pick(FUSIONS, "model.fusion", config.model.fusion)
+        self.feature_dims = dict(feature_dims) if self.fusion.uses_modalities else {}
+        self.num_tokens = 1 + len(self.feature_dims)
+        self.num_parts = self.fusion.num_parts(self.num_tokens)
+        self.imputer = pick(IMPUTERS, "model.imputer", config.model.imputer)(config, self.num_tokens)
+        self.dim = config.model.dim
+
+    @property
+    def imputes(self) -> bool:
+        """Whether there is any modality that could be missing."""
+        return bool(self.feature_dims)
+
+    def init_entities(self, num_entities: int, generator: torch.Generator) -> Tensor:
+        """Draw an entity table, [num_entities, dim]."""
+        return torch.randn(num_entities, self.dim, generator=generator) * self.config.model.init_scale
+
+    def init_modules(self, generator: torch.Generator) -> Params:
+        """Draw the shared modules."""
+        params: Params = {}
+        for name, width in self.feature_dims.items():
+            params |= linear_init(f"projection.{name}", width, self.dim, generator)
+        if self.imputes:
+            params |= self.fusion.init(self.num_tokens, self.dim, self.config.model.gate_hidden, generator)
+            params |= self.imputer.init(generator)
+        return params
+
+    def init_relations(self, num_relations: int, generator: torch.Generator) -> Tensor:
+        """Draw a relation table, [num_parts, num_relations or twice that with reciprocal relations, relation_dim]."""
+        rows = num_relations * (2 if self.config.training.reciprocal else 1)
+        width = self.scorer.relation_dim(self.dim)
+        if self.scorer.name == "rotate":  # phases
+            return (torch.rand(self.num_parts, rows, width, generator=generator) * 2 - 1) * math.pi
+        return torch.randn(self.num_parts, rows, width, generator=generator) * self.config.model.init_scale
+
+    def project(self, params: Mapping[str, Tensor], modality: str, values: Tensor) -> Tensor:
+        """Map features [num_rows, feature_dim] to tokens [num_rows, dim] of unit variance (eq. 1)."""
+        return layer_norm(linear(params, f"projection.{modality}", values))
+
+    def tokens(
+        self, params: Mapping[str, Tensor], features: Mapping[str, ModalityInput], prototypes: Prototypes | None
+    ) -> TokenTable:
+        """Assemble the hyper-modal embeddings (eq. 4): the structure token and the projected features."""
+        entity = params["entity"]
+        num_entities = entity.shape[0]
+        tokens = [layer_norm(entity) if self.fusion.uses_modalities else entity]
+        available = torch.ones(self.num_tokens, num_entities, dtype=torch.bool, device=entity.device)
+        for index, name in enumerate(self.feature_dims, start=1):
+            rows = features[name].rows
+            empty = torch.zeros(num_entities, self.dim, dtype=entity.dtype, device=entity.device)
+            tokens.append(empty.index_copy(0, rows, self.project(params, name, features[name].values)))
+            available[index] = False
+            available[index, rows] = True
+        values = torch.stack(tokens)
+        known = torch.zeros_like(values)
+        has_prototype = torch.zeros_like(available)
+        if prototypes is not None:
+            known[1:] = prototypes.values
+            has_prototype[1:] = prototypes.present
+        return TokenTable(values, available, known, has_prototype)
+
+    def embed(
+        self,
+        params: Mapping[str, Tensor],
+        tokens: TokenTable,
+        imputation: Imputation | None,
+        rows: Tensor | None = None,
+        row_values: Tensor | None = None,
+    ) -> Tensor:
+        """Complete the tokens and fuse them to entity embeddings, [num_parts, num_entities, dim] (eq. 7 and 2).
+
+        Args:
+            params: the view's parameters.
+            tokens: from `tokens`.
+            imputation: cached values for missing tokens; None if there are no modalities.
+            rows: int64 [num_rows], entities whose imputed tokens are replaced by `row_values` (with gradient).
+            row_values: [num_tokens, num_rows, dim].
+        """
+        if imputation is None:
+            return self.fusion.fuse(params, tokens.values, tokens.available, torch.zeros_like(tokens.values[..., 0]))
+        filled = imputation.values
+        if rows is not None and row_values is not None:
+            filled = filled.index_copy(1, rows, row_values)
+        complete = torch.where(tokens.available.unsqueeze(-1), tokens.values, filled)
+        return self.fusion.fuse(params, complete, tokens.available.to(complete.dtype), imputation.uncertainty)
+
+    def queries(
+        self, embeddings: Tensor, relations: Tensor, entity: Tensor, relation: Tensor, *, inverse: bool
+    ) -> Tensor:
+        """Build query vectors for (entity, relation, ?), or with `inverse` for (?, relation, entity).
+
+        Args:
+            embeddings: [num_parts, num_entities, dim].
+            relations: the relation table, see `init_relations`.
+            entity: int64 [batch], local ids.
+            relation: int64 [batch], local ids.
+            inverse: whether heads are asked for.
+
+        Returns:
+            [num_parts, batch, dim].
+        """
+        use_second = inverse and self.config.training.reciprocal
+        index = relation + relations.shape[1] // 2 if use_second else relation
+        parts = zip(embeddings, relations, strict=True)
+        flip = inverse and not use_second
+        return torch.stack([self.scorer.query(h[entity], r[index], inverse=flip) for h, r in parts])
+
+    def scores(self, queries: Tensor, embeddings: Tensor) -> Tensor:
+        """Score queries against all entities; [num_parts, batch, dim], [num_parts, n, dim] -> [batch, n]."""
+        parts = zip(queries, embeddings, strict=True)
+        first, *others = [self.scorer.score(q, h) for q, h in parts]
+        return sum(others, start=first)
+
+    def scores_of(self, queries: Tensor, embeddings: Tensor, candidates: Tensor) -> Tensor:
+        """Score each query against its own candidates, int64 [batch, num_candidates] -> [batch, num_candidates]."""
+        parts = zip(queries, embeddings, strict=True)
+        first, *others = [self.scorer.score_negatives(q, h[candidates]) for q, h in parts]
+        return sum(others, start=first)

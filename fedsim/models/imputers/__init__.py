@@ -1,0 +1,19 @@
+"""Imputers: what stands in for the token of a modality that a client lacks.
+
+To add one: write a file with a class that has the methods of `Imputer`, and add a line to `IMPUTERS`.
+"""
+
+from fedsim.models.imputers.base import Imputation, Imputer, TokenTable
+from fedsim.models.imputers.diffusion import DiffusionImputer
+from fedsim.models.imputers.mean import MeanImputer
+from fedsim.models.imputers.random import RandomImputer
+from fedsim.models.imputers.zero import ZeroImputer
+
+IMPUTERS: dict[str, type[Imputer]] = {
+    "zero": ZeroImputer,
+    "mean": MeanImputer,
+    "random": RandomImputer,
+    "diffusion": DiffusionImputer,
+}
+
+__all__ = ["IMPUTERS", "Imputation", "Imputer", "TokenTable"]

@@ -1,0 +1,117 @@
+"""HidE's denoiser: a residual MLP over all tokens of an entity, modulated by step and mask (AdaLN).
+
+Each token enters in one of three states: known (clean, the condition), noised (to be denoised), or hidden (a learned
+null token). The server's prototype of a token that is not known enters beside it, with a flag of its own; a prediction
+of x_0 starts from it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedsim.models.parameters import Params, layer_norm, linear, linear_init
+
+STEP_FEATURES = 64
+
+
+@dataclass(frozen=True)
+class DenoiserInput:
+    """What the denoiser is told about each entity besides the noisy tokens.
+
+    Attributes:
+        clean: [num_tokens, batch, dim], read where `known`.
+        known: bool [num_tokens, batch], c of eq. 6.
+        noised: bool [num_tokens, batch]; tokens neither known nor noised are hidden.
+        prototypes: [num_tokens, batch, dim], read where `has_prototype`.
+        has_prototype: bool [num_tokens, batch], false wherever `known`.
+    """
+
+    clean: Tensor
+    known: Tensor
+    noised: Tensor
+    prototypes: Tensor
+    has_prototype: Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The part of the denoiser's first layer that does not change during sampling: see `encode_condition`."""
+
+    hidden: Tensor  # [batch, hidden]
+    modulation: Tensor  # [batch, num_blocks * 3 * hidden]
+    start: Tensor  # [num_tokens, batch, dim]
+
+
+def init_denoiser(num_tokens: int, dim: int, hidden: int, num_blocks: int, generator: torch.Generator) -> Params:
+    """Make the parameters, named ``imputer.*``."""
+    width = num_tokens * dim
+    params = {"imputer.null": torch.randn(num_tokens, dim, generator=generator) * 0.02}
+    for part, in_dim in (("known", width), ("noisy", width), ("prototype", width), ("flags", 3 * num_tokens)):
+        params |= linear_init(f"imputer.{part}", in_dim, hidden, generator, scale=0.5)
+    params |= linear_init("imputer.step_in", STEP_FEATURES, hidden, generator)
+    params |= linear_init("imputer.step_out", hidden, num_blocks * 3 * hidden, generator, scale=0.3)
+    params |= linear_init("imputer.flags_out", 3 * num_tokens, num_blocks * 3 * hidden, generator, scale=0.3)
+    for block in range(num_blocks):
+        params |= linear_init(f"imputer.block{block}.in", hidden, hidden, generator)
+        params |= linear_init(f"imputer.block{block}.out", hidden, hidden, generator)
+    return params | linear_init("imputer.out", hidden, width, generator, scale=0.1)
+
+
+def encode_condition(params: Mapping[str, Tensor], inputs: DenoiserInput) -> Condition:
+    """Compute what does not depend on the step or the noise, once per sampling."""
+    known = inputs.known.unsqueeze(-1)
+    hidden_token = ~(inputs.known | inputs.noised).unsqueeze(-1)
+    null = params["imputer.null"].unsqueeze(1)  # [num_tokens, 1, dim]
+    clean = torch.where(known, inputs.clean, torch.where(hidden_token, null, torch.zeros_like(null)))
+    start = torch.where(inputs.has_prototype.unsqueeze(-1), inputs.prototypes, torch.zeros_like(inputs.prototypes))
+    flags = torch.cat([inputs.known, inputs.noised, inputs.has_prototype]).to(start.dtype).T  # [batch, 3 num_tokens]
+    hidden = (
+        linear(params, "imputer.known", flatten_tokens(clean))
+        + linear(params, "imputer.prototype", flatten_tokens(start))
+        + linear(params, "imputer.flags", flags)
+    )
+    return Condition(hidden, linear(params, "imputer.flags_out", flags), start)
+
+
+def step_modulation(params: Mapping[str, Tensor], steps: int) -> Tensor:
+    """Return the AdaLN modulation of every step 0..K, [steps + 1, num_blocks * 3 * hidden]."""
+    weight = params["imputer.step_in.weight"]
+    time = torch.arange(steps + 1, device=weight.device, dtype=weight.dtype).unsqueeze(1) / steps * 1000
+    half = STEP_FEATURES // 2
+    frequency = torch.exp(torch.arange(half, device=weight.device, dtype=weight.dtype) * (-math.log(1e4) / half))
+    waves = torch.cat([torch.sin(time * frequency), torch.cos(time * frequency)], 1)  # [steps + 1, STEP_FEATURES]
+    return linear(params, "imputer.step_out", functional.silu(linear(params, "imputer.step_in", waves)))
+
+
+def denoise(params: Mapping[str, Tensor], condition: Condition, noisy: Tensor, modulation: Tensor) -> Tensor:
+    """Predict x_0 (or epsilon) for all tokens.
+
+    Args:
+        params: the denoiser's parameters.
+        condition: from `encode_condition`.
+        noisy: x_k, [num_tokens, batch, dim], zero where a token is not noised.
+        modulation: rows of `step_modulation` for each entity's step, [batch or 1, num_blocks * 3 * hidden].
+
+    Returns:
+        [num_tokens, batch, dim].
+    """
+    hidden = condition.hidden + linear(params, "imputer.noisy", flatten_tokens(noisy))  # [batch, hidden]
+    width = hidden.shape[-1]
+    parts = (modulation + condition.modulation).split(width, dim=-1)
+    for block in range(len(parts) // 3):
+        scale, shift, gate = parts[3 * block : 3 * block + 3]
+        inner = layer_norm(hidden) * (1 + scale) + shift
+        inner = functional.silu(linear(params, f"imputer.block{block}.in", inner))
+        hidden = hidden + (1 + gate) * linear(params, f"imputer.block{block}.out", inner)
+    out = linear(params, "imputer.out", layer_norm(hidden))
+    num_tokens, batch, dim = noisy.shape
+    return out.view(batch, num_tokens, dim).transpose(0, 1)
+
+
+def flatten_tokens(tokens: Tensor) -> Tensor:
+    """Put an entity's tokens side by side: [num_tokens, batch, dim] to [batch, num_tokens * dim]."""
+    return tokens.transpose(0, 1).reshape(tokens.shape[1], -1)

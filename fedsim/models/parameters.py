@@ -1,0 +1,39 @@
+"""Parameter values: flat dicts of tensors, their initialisation and their views."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Params = dict[str, Tensor]
+
+
+def linear_init(
+    name: str, in_dim: int, out_dim: int, generator: torch.Generator, *, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Make `<name>.weight` [in_dim, out_dim] with standard deviation scale / sqrt(in_dim), and a zero `<name>.bias`."""
+    weight = torch.randn(in_dim, out_dim, generator=generator) * (scale / math.sqrt(in_dim))
+    return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(out_dim)}
+
+
+def linear(params: Mapping[str, Tensor], name: str, inputs: Tensor) -> Tensor:
+    """Apply `<name>.weight` and `<name>.bias` to inputs [..., in_dim]; result [..., out_dim]."""
+    return inputs @ params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def layer_norm(values: Tensor) -> Tensor:
+    """Standardise the last dimension (no learned scale), so that every token has unit variance (eq. 1 and 4)."""
+    return functional.layer_norm(values, values.shape[-1:])
+
+
+def select_view(params: Mapping[str, Tensor], view: str) -> Params:
+    """Take the parameters of one view, without its prefix: `local/entity` becomes `entity`."""
+    prefix = f"{view}/"
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def with_prefix(params: Mapping[str, Tensor], prefix: str) -> Params:
+    """Put `<prefix>/` before every name."""
+    return {f"{prefix}/{name}": value for name, value in params.items()}

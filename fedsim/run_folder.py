@@ -1,0 +1,140 @@
+"""The folder of a run: resolved config, versions, metrics, checkpoints, final models, result and log."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fedsim.checkpoint import replace_text, write_failure
+from fedsim.config import Config, dump_config, load_config
+from fedsim.errors import RunError
+
+VERSIONED = ("fedsim", "torch", "numpy", "ray", "scipy", "scikit-learn", "pydantic", "safetensors")
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.models = self.path / "models"
+        self.result_file = self.path / "result.json"
+
+    @classmethod
+    def create(cls, config: Config) -> "RunFolder":
+        """Make the folder of a new run and write what is known at its start.
+
+        Raises:
+            RunError: if the folder exists or cannot be made.
+        """
+        name = config.output or default_output(config)
+        folder = cls(Path(name))
+        try:
+            folder.path.mkdir(parents=True)
+        except FileExistsError as err:
+            raise RunError(
+                f"run folder {name} exists; continue it with `fedsim resume {name}`, or give another --output"
+            ) from err
+        except OSError as err:
+            raise RunError(f"run folder {name} cannot be made: {err.strerror}; give another --output") from err
+        replace_text(folder.path / "config.yaml", dump_config(config))
+        replace_text(folder.path / "versions.json", json.dumps(versions(), indent=1) + "\n")
+        replace_text(folder.metrics_file, "")
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> tuple["RunFolder", Config]:
+        """Open a run that exists, with its config.
+
+        Raises:
+            RunError: if it is not a run folder.
+        """
+        folder = cls(path)
+        if not (folder.path / "config.yaml").is_file():
+            raise RunError(f"{path} is not a run folder (it has no config.yaml); give the folder of a `fedsim run`")
+        return folder, load_config(folder.path / "config.yaml")
+
+    def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to metrics.jsonl."""
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as err:
+            raise RunError(write_failure(self.metrics_file, str(err.strerror), err.errno)) from err
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def rewind_metrics(self, round_num: int) -> None:
+        """Keep the rows of rounds up to `round_num`: what came after the checkpoint will be done again."""
+        rows = [row for row in self.read_metrics() if row["round"] <= round_num]
+        replace_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def publish_models(self, checkpoint: Path) -> None:
+        """Copy the client and server states of the best checkpoint to models/."""
+        temporary = self.path / ".models.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(checkpoint, temporary)
+            shutil.rmtree(self.models, ignore_errors=True)
+            temporary.rename(self.models)
+        except OSError as err:
+            raise RunError(write_failure(self.models, str(err.strerror or err), err.errno)) from err
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def default_output(config: Config) -> str:
+    """Name a run folder after data set, strategy and time; a second run in the same second gets a number."""
+    data = Path(config.data.path).name
+    base = f"runs/{data}-{config.federation.strategy}-{datetime.now():%Y%m%d-%H%M%S}"
+    name, number = base, 2
+    while Path(name).exists():
+        name, number = f"{base}-{number}", number + 1
+    return name
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions, the machine and the git commit that a result depends on."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {
+        "python": sys.version.split()[0],
+        "packages": found,
+        "machine": f"{platform.machine()} {platform.system()}",
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of the source tree, marked if there are changes; None outside a checkout."""
+    source = Path(__file__).resolve().parent.parent
+    try:
+        command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,401 @@
+"""A run: the round loop, its checkpoints and its result.
+
+The loop sees the runtime and the run folder, no client data: `run` starts it, `resume` continues it after the last
+checkpoint with the same numbers, `evaluate` ranks the test triples with the best models once more.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedsim.checkpoint import newest_checkpoint, prune_checkpoints, read_manifest, replace_text, write_checkpoint
+from fedsim.config import Config
+from fedsim.errors import RunError
+from fedsim.evaluation.ranking import RankingMetrics, weighted_mean
+from fedsim.federated.client import ClientEvaluation
+from fedsim.federated.runtime import (
+    Experiment,
+    InProcessRuntime,
+    Measurements,
+    RoundResult,
+    Runtime,
+    RuntimeFactory,
+    prepare,
+)
+from fedsim.randomness import numpy_generator
+from fedsim.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known when a run starts; `clients` has (client, entities, relations, train, valid, test) each."""
+
+    folder: Path
+    config: Config
+    placement: list[str]
+    num_rounds: int
+    start_round: int
+    clients: list[tuple[int, int, int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """One finished round, for the progress display; `seconds` is by phase."""
+
+    round_num: int
+    loss: float
+    valid_mrr: float | None
+    best_mrr: float | None
+    seconds: dict[str, float]
+    bytes_up: int
+    bytes_down: int
+
+
+class Observer(Protocol):
+    """Is told of progress; see `fedsim.report.console`."""
+
+    def run_started(self, info: RunInfo) -> None:
+        """Learn what is about to run and where."""
+        ...
+
+    def round_started(self, round_num: int) -> None:
+        """Learn that a round begins."""
+        ...
+
+    def round_finished(self, summary: RoundSummary) -> None:
+        """Learn how a round went."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Learn something worth a line."""
+        ...
+
+
+class SilentObserver:
+    """Shows nothing."""
+
+    def run_started(self, info: RunInfo) -> None:
+        """Show nothing."""
+
+    def round_started(self, round_num: int) -> None:
+        """Show nothing."""
+
+    def round_finished(self, summary: RoundSummary) -> None:
+        """Show nothing."""
+
+    def message(self, text: str) -> None:
+        """Show nothing."""
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """A client's test metrics under the best round's models."""
+
+    client: int
+    test: RankingMetrics
+    valid_mrr: float
+    combination: float | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ends with: test metrics of the round with the best validation MRR, costs and instruments."""
+
+    folder: Path
+    best_round: int
+    valid_mrr: float
+    test: RankingMetrics
+    clients: list[ClientResult]
+    seconds: dict[str, float]
+    bytes_up: int
+    bytes_down: int
+    imputation: dict[str, dict[str, float]]
+    consistency: dict[str, float]
+
+
+@dataclass
+class Progress:
+    """Where the loop stands; saved in each checkpoint's manifest."""
+
+    round_num: int = 0
+    best_round: int | None = None
+    best_mrr: float | None = None
+    evaluations_since_best: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def in_process_runtime(experiment: Experiment) -> Runtime:
+    """Make the runtime that runs everything in this process."""
+    return InProcessRuntime(experiment)
+
+
+def run(
+    config: Config, runtime_factory: RuntimeFactory = in_process_runtime, observer: Observer | None = None
+) -> RunResult:
+    """Run an experiment from its start.
+
+    Args:
+        config: the experiment.
+        runtime_factory: makes the runtime; `actors.ray_runtime` for Ray.
+        observer: is told of progress.
+
+    Raises:
+        FedSimError: for everything that a user can mend.
+    """
+    experiment = prepare(config)
+    folder = RunFolder.create(config)
+    return _run(experiment, folder, Progress(), None, runtime_factory, observer or SilentObserver())
+
+
+def resume(
+    path: Path, runtime_factory: RuntimeFactory = in_process_runtime, observer: Observer | None = None
+) -> RunResult:
+    """Continue a run after its newest whole checkpoint; a run without one starts over in its folder.
+
+    Raises:
+        RunError: if the folder is not a run, or the run is finished.
+    """
+    folder, config = RunFolder.open(path)
+    if folder.result_file.is_file():
+        raise RunError(f"{path} is finished; see it with `fedsim evaluate {path}`, or start another with `fedsim run`")
+    checkpoint, progress = None, Progress()
+    if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
+        checkpoint, manifest = newest_checkpoint(folder.checkpoints)
+        progress = Progress(**manifest["progress"])
+    folder.rewind_metrics(progress.round_num)
+    experiment = prepare(config)
+    return _run(experiment, folder, progress, checkpoint, runtime_factory, observer or SilentObserver())
+
+
+def evaluate(
+    path: Path, runtime_factory: RuntimeFactory = in_process_runtime, observer: Observer | None = None
+) -> RunResult:
+    """Rank the test triples of a finished (or stopped) run with its best models once more."""
+    folder, config = RunFolder.open(path)
+    checkpoint, manifest = newest_checkpoint(folder.checkpoints)
+    progress = Progress(**manifest["progress"])
+    experiment = prepare(config)
+    with closing(runtime_factory(experiment)) as runtime:
+        return _finish(runtime, folder, progress, checkpoint)
+
+
+def _run(
+    experiment: Experiment,
+    folder: RunFolder,
+    progress: Progress,
+    checkpoint: Path | None,
+    runtime_factory: RuntimeFactory,
+    observer: Observer,
+) -> RunResult:
+    """Start the runtime, run the rounds that are left, and write the result."""
+    with closing(runtime_factory(experiment)) as runtime:
+        if checkpoint is not None:
+            runtime.load(checkpoint)
+        info = RunInfo(
+            folder.path,
+            experiment.config,
+            runtime.placement,
+            experiment.config.federation.num_rounds,
+            progress.round_num + 1,
+            _client_sizes(experiment),
+        )
+        observer.run_started(info)
+        newest = run_rounds(experiment, runtime, folder, progress, observer) or checkpoint
+        assert newest is not None, "there is at least one round"
+        result = _finish(runtime, folder, progress, newest)
+    replace_text(folder.result_file, json.dumps(result_as_json(result), indent=1) + "\n")
+    return result
+
+
+def run_rounds(
+    experiment: Experiment, runtime: Runtime, folder: RunFolder, progress: Progress, observer: Observer
+) -> Path | None:
+    """Run the federation's rounds; returns the newest checkpoint, or None if no round was left.
+
+    1. sample the cohort, 2. broadcast, train, aggregate and distil, 3. validate, 4. record, 5. checkpoint.
+    """
+    config = experiment.config
+    checkpoint: Path | None = None
+    num_rounds = config.federation.num_rounds
+    for round_num in range(progress.round_num + 1, num_rounds + 1):
+        if _out_of_patience(config, progress):
+            break
+        observer.round_started(round_num)
+        cohort = sample_cohort(config, [data.client for data in experiment.clients], round_num)
+        result = runtime.train(round_num, cohort)
+        started = time.perf_counter()
+        is_last = round_num == num_rounds
+        due = round_num % config.evaluation.every == 0 or is_last
+        evaluations = runtime.evaluate("valid", round_num, choose=True) if due else []
+        seconds = result.seconds | {"evaluate": time.perf_counter() - started}
+        is_best = _advance(progress, round_num, result, evaluations, seconds)
+        folder.append_metrics(metric_rows(round_num, result, evaluations, seconds))
+        started = time.perf_counter()
+        if is_best or is_last or round_num % config.checkpoint.every == 0 or _out_of_patience(config, progress):
+            checkpoint = write_checkpoint(folder.checkpoints, round_num, asdict(progress), runtime.save)
+            prune_checkpoints(folder.checkpoints, config.checkpoint.keep, progress.best_round)
+        progress.seconds["checkpoint"] = progress.seconds.get("checkpoint", 0.0) + time.perf_counter() - started
+        valid_mrr = weighted_mean([item.metrics for item in evaluations]).mrr if evaluations else None
+        loss = float(np.mean([report.losses["total"] for report in result.reports]))
+        up, down = _bytes(result)
+        observer.round_finished(RoundSummary(round_num, loss, valid_mrr, progress.best_mrr, seconds, up, down))
+    return checkpoint
+
+
+def sample_cohort(config: Config, clients: Sequence[int], round_num: int) -> list[int]:
+    """Sample the clients of a round, sorted; a pure function of (seed, round).
+
+    Raises:
+        RunError: if more clients are asked for than there are.
+    """
+    federation = config.federation
+    size = federation.cohort_size or max(1, round(federation.cohort_fraction * len(clients)))
+    if size > len(clients):
+        raise RunError(
+            f"config field 'federation.cohort_size' = {size}, but there are {len(clients)} clients; "
+            f"give at most {len(clients)}"
+        )
+    picked = numpy_generator(config.seed, "cohort", round_num=round_num).choice(len(clients), size, replace=False)
+    return sorted(clients[int(index)] for index in picked)
+
+
+def metric_rows(
+    round_num: int, result: RoundResult, evaluations: Sequence[ClientEvaluation], seconds: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Make the rows of metrics.jsonl: one per client, and one for the round (client null)."""
+    evaluated = {item.client: item for item in evaluations}
+    reports = {report.client: report for report in result.reports}
+    rows: list[dict[str, Any]] = []
+    for client in sorted(evaluated.keys() | reports.keys()):
+        row: dict[str, Any] = {"round": round_num, "client": client}
+        if client in reports:
+            report = reports[client]
+            row |= {"losses": report.losses, "bytes_up": report.bytes_up, "bytes_down": report.bytes_down}
+            row["seconds"] = report.seconds
+        if client in evaluated:
+            row |= {"valid": metrics_as_json(evaluated[client].metrics), "combination": evaluated[client].combination}
+        rows.append(row)
+    up, down = _bytes(result)
+    total: dict[str, Any] = {"round": round_num, "client": None, "bytes_up": up, "bytes_down": down}
+    total |= {"phase_seconds": dict(seconds), "server_losses": result.server.losses if result.server else {}}
+    if evaluations:
+        total["valid"] = metrics_as_json(weighted_mean([item.metrics for item in evaluations]))
+    return [*rows, total]
+
+
+def metrics_as_json(metrics: RankingMetrics) -> dict[str, Any]:
+    """Write ranking metrics (filtered, realistic) as JSON."""
+    hits = {f"hits_at_{k}": value for k, value in metrics.hits.items()}
+    return {"mrr": metrics.mrr, **hits, "num_queries": metrics.num_queries}
+
+
+def result_as_json(result: RunResult) -> dict[str, Any]:
+    """Write a result as JSON."""
+    return {
+        "best_round": result.best_round,
+        "valid_mrr": result.valid_mrr,
+        "test": metrics_as_json(result.test),
+        "clients": [
+            {
+                "client": item.client,
+                "test": metrics_as_json(item.test),
+                "valid_mrr": item.valid_mrr,
+                "combination": item.combination,
+            }
+            for item in result.clients
+        ],
+        "seconds": result.seconds,
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "imputation": result.imputation,
+        "consistency": result.consistency,
+    }
+
+
+def _finish(runtime: Runtime, folder: RunFolder, progress: Progress, newest: Path) -> RunResult:
+    """Rank the test triples with the models of the round with the best validation MRR."""
+    started = time.perf_counter()
+    best_round = progress.best_round
+    assert best_round is not None and progress.best_mrr is not None, "the last round is validated"
+    best = folder.checkpoints / f"round-{best_round:05d}"
+    if best != newest:
+        read_manifest(best)
+    runtime.load(best)
+    tests = runtime.evaluate("test", best_round, choose=False)
+    valids = {item.client: item for item in runtime.evaluate("valid", best_round, choose=False)}
+    measured = runtime.measure(best_round)
+    folder.publish_models(best)
+    seconds = progress.seconds | {"final_evaluation": time.perf_counter() - started}
+    return RunResult(
+        folder=folder.path,
+        best_round=best_round,
+        valid_mrr=progress.best_mrr,
+        test=weighted_mean([item.metrics for item in tests]),
+        clients=[
+            ClientResult(item.client, item.metrics, valids[item.client].metrics.mrr, item.combination) for item in tests
+        ],
+        seconds=seconds,
+        bytes_up=progress.bytes_up,
+        bytes_down=progress.bytes_down,
+        imputation=_imputation_table(measured),
+        consistency=measured.consistency,
+    )
+
+
+def _imputation_table(measured: Measurements) -> dict[str, dict[str, float]]:
+    """Average over clients: ``<modality>/<imputer>`` -> metric -> value."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for metrics in measured.imputation.values():
+        for name, value in metrics.items():
+            row, metric = name.rsplit("/", 1)
+            values.setdefault(row, {}).setdefault(metric, []).append(value)
+    return {row: {name: float(np.mean(v)) for name, v in metrics.items()} for row, metrics in values.items()}
+
+
+def _advance(
+    progress: Progress,
+    round_num: int,
+    result: RoundResult,
+    evaluations: Sequence[ClientEvaluation],
+    seconds: Mapping[str, float],
+) -> bool:
+    """Bring the progress up to date; returns whether this round is the best so far."""
+    progress.round_num = round_num
+    up, down = _bytes(result)
+    progress.bytes_up += up
+    progress.bytes_down += down
+    for phase, value in seconds.items():
+        progress.seconds[phase] = progress.seconds.get(phase, 0.0) + value
+    if not evaluations:
+        return False
+    mrr = weighted_mean([item.metrics for item in evaluations]).mrr
+    if progress.best_mrr is None or mrr > progress.best_mrr:
+        progress.best_round, progress.best_mrr, progress.evaluations_since_best = round_num, mrr, 0
+        return True
+    progress.evaluations_since_best += 1
+    return False
+
+
+def _out_of_patience(config: Config, progress: Progress) -> bool:
+    patience = config.evaluation.patience
+    return patience is not None and progress.evaluations_since_best >= patience
+
+
+def _bytes(result: RoundResult) -> tuple[int, int]:
+    return sum(report.bytes_up for report in result.reports), sum(report.bytes_down for report in result.reports)
+
+
+def _client_sizes(experiment: Experiment) -> list[tuple[int, int, int, int, int, int]]:
+    sizes = []
+    for data in experiment.clients:
+        counts = [sum(len(group.triples[name]) for group in data.groups) for name in ("train", "valid", "test")]
+        sizes.append((data.client, len(data.entity_ids), len(data.relation_ids), counts[0], counts[1], counts[2]))
+    return sizes
