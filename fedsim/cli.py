@@ -18,8 +18,8 @@ import click
 from fedsim.cli_options import ConfigCommand, config_options, current_overrides
 from fedsim.config import dump_config, load_config
 from fedsim.data_commands import data
-from fedsim.errors import FedSimError, RunError
-from fedsim.report.console import ConsoleObserver, make_console, show_candidates, show_result
+from fedsim.errors import FedSimError
+from fedsim.report.console import ConsoleObserver, make_console, show_candidates, show_result, shown_path
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -35,7 +35,7 @@ class _InterruptedRunError(Exception):
     """Ctrl-C during a run, with the folder from which it can go on."""
 
     def __init__(self, folder: Path | None) -> None:
-        super().__init__(f"interrupted; continue with: fedsim resume {folder}" if folder else "interrupted")
+        super().__init__(f"interrupted; continue with: fedsim resume {shown_path(folder)}" if folder else "interrupted")
 
 
 class _StderrHandler(logging.Handler):
@@ -214,10 +214,9 @@ def _runtime_factory(config: Config) -> RuntimeFactory:
 
 def _run_config(folder: Path) -> Config:
     """Read the config of a run folder."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise RunError(f"{folder}: not a run folder (it has no config.yaml); give a folder that `fedsim run` wrote")
-    return load_config(path)
+    from fedsim.run_folder import RunFolder
+
+    return RunFolder.open(folder)[1]
 
 
 def _set_up_logging() -> None:

@@ -36,8 +36,8 @@ def data() -> None:
 )
 @click.option("--feature", "features", metavar="MODALITY=FILE", multiple=True, help="A feature file; repeatable.")
 @click.option("--pictures", type=FILE, help="Folder or zip file with the pictures that entities.tsv names.")
-@click.option("--repair-valid", is_flag=True, help="Drop valid triples that train or test hold too; see the report.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --repair-valid.")
+@click.option("--mend-valid", is_flag=True, help="Drop valid triples that train or test hold too; see the report.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --mend-valid.")
 @click.option("--description", default="", help="One line about the data.")
 @click.option("--licence", default="", help="Licence of the data.")
 def import_(source: Path, output: Path, features: tuple[str, ...], **options: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -42,7 +43,7 @@ class ConsoleObserver:
         """Say what runs where, and show the clients."""
         config = info.config
         self._num_rounds = info.num_rounds
-        self._say(f"run folder  {info.folder}")
+        self._say(f"run folder  {shown_path(info.folder)}")
         self._say(
             f"method      {config.federation.strategy}, imputer {config.model.imputer}, fusion {config.model.fusion}, "
             f"scorer {config.model.scorer}, seed {config.seed}"
@@ -110,7 +111,7 @@ def show_result(result: RunResult, console: Console) -> None:
     show_rows("Time", ["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()], console)
     console.print(
         f"Bytes: {format_bytes(result.bytes_up)} up, {format_bytes(result.bytes_down)} down\n"
-        f"Models: those of round {result.best_round}, chosen on validation, in {escape(str(result.folder))}",
+        f"Models: those of round {result.best_round}, chosen on validation, in {escape(shown_path(result.folder))}",
         soft_wrap=True,
         highlight=False,
     )
@@ -137,6 +138,11 @@ def show_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], 
     console.print(table)
 
 
+def shown_path(path: Path) -> str:
+    """Write a path the way a user would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def format_bytes(num_bytes: float) -> str:
     """Write a size with a unit, for example 1500 as "1.5 kB" (units of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -157,7 +163,7 @@ def _show_metrics(result: RunResult, console: Console) -> None:
     combined = any(row.combination is not None for row in shown)
     header = ["client", "queries", "MRR", *(f"Hits@{k}" for k in sorted(result.test.hits)), "valid MRR"]
     rows = [[str(row.client), *_metric_cells(row.test), _number(row.valid_mrr)] for row in shown]
-    rows.append(["weighted", *_metric_cells(result.test), ""])
+    rows.append(["weighted", *_metric_cells(result.test), _number(result.valid_mrr)])
     if combined:
         header.append("combination")
         for cells, combination in zip(rows, [*(row.combination for row in shown), None], strict=True):

@@ -12,20 +12,22 @@ import pytest
 from rich.console import Console
 
 import fedsim
-from fedsim import cli
-from fedsim.config import dump_config, make_config
+from fedsim import cli, simulation
+from fedsim.config import Config, dump_config, make_config
 from fedsim.errors import RunError
 from fedsim.evaluation.ranking import RankingMetrics
 from fedsim.report.console import ConsoleObserver, format_bytes, show_result
+from fedsim.simulation import ClientResult, Observer, RoundSummary, RunInfo, RunResult
 
 METRICS = RankingMetrics(mrr=0.25, hits={1: 0.125, 3: 0.5, 10: 0.75}, num_queries=1200)
 
 
-def _result(folder: Path) -> Any:
-    clients = [SimpleNamespace(client=c, test=METRICS, valid_mrr=0.3, combination=0.5) for c in range(3)]
-    return SimpleNamespace(
+def _result(folder: Path) -> RunResult:
+    clients = [ClientResult(client=c, test=METRICS, valid_mrr=0.3, combination=0.5) for c in range(3)]
+    return RunResult(
         folder=folder,
         best_round=2,
+        valid_mrr=0.375,
         test=METRICS,
         clients=clients,
         seconds={"train": 3.0, "evaluate": 1.5},
@@ -36,8 +38,8 @@ def _result(folder: Path) -> Any:
     )
 
 
-def _info(folder: Path, start_round: int = 1) -> Any:
-    return SimpleNamespace(
+def _info(folder: Path, start_round: int = 1) -> RunInfo:
+    return RunInfo(
         folder=folder,
         config=make_config(),
         placement=["3 client actors, dedicated", "3 fit into 2 CPUs at 0.5 each"],
@@ -47,8 +49,8 @@ def _info(folder: Path, start_round: int = 1) -> Any:
     )
 
 
-def _summary(round_num: int, valid_mrr: float | None) -> Any:
-    return SimpleNamespace(
+def _summary(round_num: int, valid_mrr: float | None) -> RoundSummary:
+    return RoundSummary(
         round_num=round_num,
         loss=4.5 / round_num,
         valid_mrr=valid_mrr,
@@ -59,27 +61,23 @@ def _summary(round_num: int, valid_mrr: float | None) -> Any:
     )
 
 
-class FakeSimulation(ModuleType):
+class FakeSimulation:
     """Shows two rounds to the observer, then does what `end` does."""
 
-    def __init__(self, folder: Path, end: Callable[[], None] = lambda: None) -> None:
-        super().__init__("fedsim.simulation")
+    def __init__(self, folder: Path, end: Callable[[], None]) -> None:
         self.folder = folder
         self.end = end
-        self.config: Any = None
+        self.config: Config | None = None
 
-    def run(self, config: Any, runtime_factory: Any, observer: Any) -> Any:
+    def run(self, config: Config, runtime_factory: object, observer: Observer) -> RunResult:
         self.config = config
         return self._play(observer, 1)
 
-    def resume(self, folder: Path, runtime_factory: Any, observer: Any) -> Any:
+    def resume(self, folder: Path, runtime_factory: object, observer: Observer) -> RunResult:
         assert folder == self.folder
         return self._play(observer, 2)
 
-    def evaluate(self, folder: Path) -> Any:
-        return _result(folder)
-
-    def _play(self, observer: Any, start_round: int) -> Any:
+    def _play(self, observer: Observer, start_round: int) -> RunResult:
         self.folder.mkdir(exist_ok=True)
         observer.run_started(_info(self.folder, start_round))
         for round_num in range(start_round, 3):
@@ -104,8 +102,9 @@ def _keep_log_handlers() -> Iterator[None]:
 def simulate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., FakeSimulation]:
     def install(end: Callable[[], None] = lambda: None) -> FakeSimulation:
         fake = FakeSimulation(tmp_path / "run", end)
-        monkeypatch.setitem(sys.modules, "fedsim.simulation", fake)
-        monkeypatch.setattr(fedsim, "simulation", fake, raising=False)
+        monkeypatch.setattr(simulation, "run", fake.run)
+        monkeypatch.setattr(simulation, "resume", fake.resume)
+        monkeypatch.setattr(simulation, "evaluate", _result)
         monkeypatch.setattr(cli, "_runtime_factory", lambda config: None)
         return fake
 
@@ -130,7 +129,7 @@ def test_run_shows_clients_placement_rounds_and_results(
     assert "round 1/2  loss 4.5000  valid MRR 0.1250  best 0.1250  1.5 s  up 10 B  down 20.0 kB" in shown
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "client queries MRR Hits@1 Hits@3 Hits@10 valid MRR combination" in lines
-    assert "weighted 1,200 0.2500 0.1250 0.5000 0.7500" in lines
+    assert "weighted 1,200 0.2500 0.1250 0.5000 0.7500 0.3750" in lines
     assert "2 1,200 0.2500 0.1250 0.5000 0.7500 0.3000 0.50" in lines
     assert "image, mean -" in lines
     assert "together 4.5" in lines

@@ -46,7 +46,7 @@ def test_importing_a_layer_does_not_import_the_layers_above(package: str, tmp_pa
 
 def test_the_command_line_imports_ray_only_inside_its_commands(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, "ray,actors,tune,torch", "fedsim.cli"],
+        [sys.executable, "-c", PROBE, "ray,actors,tune", "fedsim.cli"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -38,7 +38,7 @@ def test_wheel_holds_exactly_the_files_of_the_tree(wheel_files: set[str]) -> Non
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and path.name != "ruff.toml" and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix not in (".toml", ".pyc")
     }
     assert wheel_files == tree
 
