@@ -24,7 +24,7 @@ from fedsim.report.console import ConsoleObserver, make_console, show_candidates
 if TYPE_CHECKING:
     from fedsim.config import Config
     from fedsim.federated.runtime import RuntimeFactory
-    from fedsim.simulation import RunInfo, RunResult
+    from fedsim.simulation import RoundSummary, RunInfo, RunResult
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +46,27 @@ class _StderrHandler(logging.Handler):
 
 
 class _LoggedObserver(ConsoleObserver):
-    """The console, and a log file as soon as there is a run folder."""
+    """The console, and the run's log file as soon as there is a run folder."""
 
     folder: Path | None = None
 
     def run_started(self, info: RunInfo) -> None:
         self.folder = info.folder
-        handler = logging.FileHandler(info.folder / "run.log", encoding="utf-8", delay=True)
+        handler = logging.FileHandler(info.folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
+        logger.info("starting with round %d of %d; %s", info.start_round, info.num_rounds, "; ".join(info.placement))
         super().run_started(info)
+
+    def round_finished(self, summary: RoundSummary) -> None:
+        seconds = ", ".join(f"{phase} {value:.2f} s" for phase, value in summary.seconds.items())
+        mrr = "none" if summary.valid_mrr is None else f"{summary.valid_mrr:.4f}"
+        logger.info("round %d: loss %.4f, valid MRR %s; %s", summary.round_num, summary.loss, mrr, seconds)
+        super().round_finished(summary)
+
+    def message(self, text: str) -> None:
+        logger.info(text)
+        super().message(text)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -198,6 +209,7 @@ def _observe(work: Callable[[_LoggedObserver], RunResult]) -> None:
         except Exception:
             logger.info("stopped", exc_info=True)
             raise
+        logger.info("finished; test MRR %.4f with the models of round %d", result.test.mrr, result.best_round)
     show_result(result, observer.console)
 
 

@@ -134,6 +134,9 @@ def test_run_shows_clients_placement_rounds_and_results(
     assert "image, mean -" in lines
     assert "together 4.5" in lines
     assert "Bytes: 1.5 kB up, 2.0 MB down" in lines
+    log = (fake.folder / "run.log").read_text()
+    assert "round 2: loss 2.2500, valid MRR 0.2500; train 1.00 s, evaluate 0.50 s" in log
+    assert "finished; test MRR 0.2500 with the models of round 2" in log
     assert max(map(len, shown.splitlines())) < 160
 
 
