@@ -37,5 +37,5 @@ clean: ## remove .venv and all caches (runs/ stays)
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev,encode]'
 	@touch $@
