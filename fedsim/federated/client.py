@@ -16,6 +16,7 @@ from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples,
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, message_bytes
 from fedsim.federated.strategy import Strategy
 from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes
+from fedsim.models.imputers import Imputation
 from fedsim.models.optimizers import reset_state
 from fedsim.models.parameters import Params, select_view, with_prefix
 from fedsim.models.training import ClientValues, TrainingInput, impute_view, train_epochs
@@ -91,6 +92,7 @@ class Client:
         self.prototypes: Prototypes | None = None
         self.sent: tuple[int, Tensor, Tensor] | None = None  # round, tokens [num_modalities, n, dim], present
         self.combination: float | None = 0.5 if len(strategy.views) > 1 else None
+        self._imputations: dict[tuple[str, int], Imputation | None] = {}
         if not strategy.federated:
             self._init_view(strategy.views[0])
 
@@ -116,6 +118,7 @@ class Client:
         if broadcast is not None:
             self._receive(broadcast)
         self._reset_optimizer()
+        self._imputations.clear()
         inputs = self._inputs()
         try:
             losses = train_epochs(
@@ -180,8 +183,7 @@ class Client:
         inputs = self._inputs()
         with torch.no_grad():
             tokens = self.model.tokens(self._view(view), inputs.features, inputs.prototypes)
-            generator = self._generator(f"evaluate/{view}", round_num)
-            imputation = impute_view(self.model, self.values, view, inputs, generator)
+            imputation = self._imputation(view, round_num)
             if imputation is None:
                 return tokens.values, tokens.available
             return torch.where(tokens.available.unsqueeze(-1), tokens.values, imputation.values), tokens.available
@@ -217,6 +219,7 @@ class Client:
         self.values = ClientValues(
             select_view(whole, "params"), select_view(whole, "optimizer"), select_view(whole, "ema")
         )
+        self._imputations.clear()
         self.combination = float(state["combination"]) if "combination" in state else None
         self.prototypes = self.sent = None
         if "prototypes/values" in state:
@@ -274,7 +277,12 @@ class Client:
     def _update(self, round_num: int, inputs: TrainingInput) -> ClientUpdate:
         """Assemble the message to the server: the global copy, with the averaged denoiser, and the extras."""
         extras = self.strategy.extras(
-            self.model, self.values, inputs, self.entity_ids, self._generator("extras", round_num)
+            self.model,
+            self.values,
+            inputs,
+            self.entity_ids,
+            lambda: self._embeddings(round_num),
+            self._generator("extras", round_num),
         )
         modules = {name: value.cpu().clone() for name, value in self._view("global").items() if name != "entity"}
         entity = self.values.params["global/entity"].cpu().clone()
@@ -296,6 +304,13 @@ class Client:
             extras.soft_queries,
         )
 
+    def _imputation(self, view: str, round_num: int) -> Imputation | None:
+        """Fill a view's missing tokens after a round's training; sampled once and kept until the values change."""
+        if (view, round_num) not in self._imputations:
+            generator = self._generator(f"evaluate/{view}", round_num)
+            self._imputations[view, round_num] = impute_view(self.model, self.values, view, self._inputs(), generator)
+        return self._imputations[view, round_num]
+
     def _embeddings(self, round_num: int) -> dict[str, Tensor]:
         """Embed all entities under each view, [num_parts, num_entities, dim]."""
         tables = {}
@@ -304,9 +319,7 @@ class Client:
             for view in self.strategy.views:
                 own = self._view(view)
                 tokens = self.model.tokens(own, inputs.features, inputs.prototypes)
-                generator = self._generator(f"evaluate/{view}", round_num)
-                imputation = impute_view(self.model, self.values, view, inputs, generator)
-                tables[view] = self.model.embed(own, tokens, imputation)
+                tables[view] = self.model.embed(own, tokens, self._imputation(view, round_num))
         return tables
 
     def _scores(

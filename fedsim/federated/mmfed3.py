@@ -6,7 +6,7 @@ relation table is FedLU's (Zhu et al., WWW 2023). Equations 9 to 13 are our infe
 Symbols: L `local`, G `global`, tau `temperature`, p `label_distribution`, Z `prototypes`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fedsim.federated.server_distillation import distil_global_model
 from fedsim.federated.strategy import Extras, GlobalModel, Strategy
 from fedsim.models.client_model import ClientModel
 from fedsim.models.parameters import select_view
-from fedsim.models.training import ClientValues, Forward, TrainingInput, impute_view, label_distribution
+from fedsim.models.training import ClientValues, Forward, TrainingInput, label_distribution
 
 
 class MMFeD3(Strategy):
@@ -55,6 +55,7 @@ class MMFeD3(Strategy):
         values: ClientValues,
         inputs: TrainingInput,
         entity_ids: Tensor,
+        tables: Callable[[], Mapping[str, Tensor]],
         generator: torch.Generator,
     ) -> Extras:
         """Return projected tokens of the global copy and soft queries of the private model."""
@@ -66,7 +67,7 @@ class MMFeD3(Strategy):
                 present = table.available[1:].clone()
                 tokens = table.values[1:][present]
             if self.config.distillation.num_soft_queries > 0 and self.config.distillation.server_steps > 0:
-                soft = self._soft_queries(model, values, inputs, entity_ids, generator)
+                soft = self._soft_queries(model, values, inputs, entity_ids, tables(), generator)
         return Extras(present, tokens, soft)
 
     def _soft_queries(
@@ -75,6 +76,7 @@ class MMFeD3(Strategy):
         values: ClientValues,
         inputs: TrainingInput,
         entity_ids: Tensor,
+        tables: Mapping[str, Tensor],
         generator: torch.Generator,
     ) -> SoftQueries:
         """Ask random training queries in the global copy's space; the private model labels the candidates (eq. 13)."""
@@ -82,11 +84,8 @@ class MMFeD3(Strategy):
         picked = torch.randint(len(inputs.triples), (config.num_soft_queries,), generator=generator)
         head, relation, tail = inputs.triples[picked.to(inputs.triples.device)].T
         inverse = torch.rand(config.num_soft_queries, generator=generator) < 0.5
-        tables, asked = {}, {}
+        asked = {}
         for view in self.views:
-            own = select_view(values.params, view)
-            imputation = impute_view(model, values, view, inputs, generator)
-            tables[view] = model.embed(own, model.tokens(own, inputs.features, inputs.prototypes), imputation)
             sides = [
                 model.queries(tables[view], values.params["relation"], entity, relation, inverse=flip)
                 for entity, flip in ((head, False), (tail, True))

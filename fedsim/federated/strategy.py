@@ -7,7 +7,7 @@ To add one: write a file with a class that extends `Strategy`, and add a line to
 `fedsim/federated/__init__.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,7 @@ class Strategy:
         values: ClientValues,
         inputs: TrainingInput,
         entity_ids: Tensor,
+        tables: Callable[[], Mapping[str, Tensor]],
         generator: torch.Generator,
     ) -> Extras:
         """Return what a client sends besides rows and modules."""

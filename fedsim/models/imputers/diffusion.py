@@ -50,9 +50,9 @@ class DiffusionImputer:
             return Imputation(values, uncertainty)
         with torch.no_grad():
             draws = self._sample(params, _take_rows(tokens, rows), generator)  # [num_draws, num_tokens, batch, dim]
-            values[:, rows] = draws.mean(0)
-            if len(draws) > 1:
-                uncertainty[:, rows] = draws.var(0, unbiased=False).mean(-1).sqrt()
+            mean = draws.mean(0)
+            values[:, rows] = mean
+            uncertainty[:, rows] = (draws - mean).square().mean((0, -1)).sqrt()
         return Imputation(values, uncertainty * (~tokens.available))
 
     def _sample(self, params: Mapping[str, Tensor], tokens: TokenTable, generator: torch.Generator) -> Tensor:
