@@ -182,7 +182,9 @@ def _write_features(
     with tempfile.TemporaryDirectory(dir=path, prefix=".encode-") as folder:
         for modality, (values, entities) in results.items():
             new = Path(folder) / f"{modality}.safetensors"
-            save_file({"values": values.astype(np.float16), "entity": np.asarray(entities, dtype=np.int64)}, new)
+            # safetensors writes the buffer as it lies in memory, and the principal components come column by column.
+            rows = np.ascontiguousarray(values, dtype=np.float16)
+            save_file({"values": rows, "entity": np.asarray(entities, dtype=np.int64)}, new)
             new.chmod(0o644)  # the library makes it private, but others may read a data set
             meta.setdefault("features", {})[modality] = {
                 "dim": values.shape[1],
