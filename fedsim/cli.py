@@ -24,7 +24,7 @@ from fedsim.report.console import ConsoleObserver, make_console, show_candidates
 if TYPE_CHECKING:
     from fedsim.config import Config
     from fedsim.federated.runtime import RuntimeFactory
-    from fedsim.simulation import RoundSummary, RunInfo, RunResult
+    from fedsim.results import RoundSummary, RunInfo, RunResult
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from fedsim.checkpoint import newest_checkpoint, prune_checkpoints, read_manifest, replace_text, write_checkpoint
 from fedsim.config import Config
 from fedsim.errors import RunError
-from fedsim.evaluation.ranking import RankingMetrics, weighted_mean
+from fedsim.evaluation.ranking import weighted_mean
 from fedsim.federated.client import ClientEvaluation
 from fedsim.federated.runtime import (
     Experiment,
@@ -29,94 +28,18 @@ from fedsim.federated.runtime import (
     prepare,
 )
 from fedsim.randomness import numpy_generator
+from fedsim.results import (
+    ClientResult,
+    Observer,
+    RoundSummary,
+    RunInfo,
+    RunResult,
+    SilentObserver,
+    metric_rows,
+    result_as_json,
+    round_bytes,
+)
 from fedsim.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What is known when a run starts; `clients` has (client, entities, relations, train, valid, test) each."""
-
-    folder: Path
-    config: Config
-    placement: list[str]
-    num_rounds: int
-    start_round: int
-    clients: list[tuple[int, int, int, int, int, int]]
-
-
-@dataclass(frozen=True)
-class RoundSummary:
-    """One finished round, for the progress display; `seconds` is by phase."""
-
-    round_num: int
-    loss: float
-    valid_mrr: float | None
-    best_mrr: float | None
-    seconds: dict[str, float]
-    bytes_up: int
-    bytes_down: int
-
-
-class Observer(Protocol):
-    """Is told of progress; see `fedsim.report.console`."""
-
-    def run_started(self, info: RunInfo) -> None:
-        """Learn what is about to run and where."""
-        ...
-
-    def round_started(self, round_num: int) -> None:
-        """Learn that a round begins."""
-        ...
-
-    def round_finished(self, summary: RoundSummary) -> None:
-        """Learn how a round went."""
-        ...
-
-    def message(self, text: str) -> None:
-        """Learn something worth a line."""
-        ...
-
-
-class SilentObserver:
-    """Shows nothing."""
-
-    def run_started(self, info: RunInfo) -> None:
-        """Show nothing."""
-
-    def round_started(self, round_num: int) -> None:
-        """Show nothing."""
-
-    def round_finished(self, summary: RoundSummary) -> None:
-        """Show nothing."""
-
-    def message(self, text: str) -> None:
-        """Show nothing."""
-
-
-@dataclass(frozen=True)
-class ClientResult:
-    """A client's test metrics under the best round's models."""
-
-    client: int
-    test: RankingMetrics
-    valid_mrr: float
-    combination: float | None
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run ends with: test metrics of the round with the best validation MRR, costs and instruments."""
-
-    folder: Path
-    best_round: int
-    valid_mrr: float
-    test: RankingMetrics
-    clients: list[ClientResult]
-    seconds: dict[str, float]
-    bytes_up: int
-    bytes_down: int
-    imputation: dict[str, dict[str, float]]
-    consistency: dict[str, float]
 
 
 @dataclass
@@ -151,8 +74,9 @@ def run(
         FedSimError: for everything that a user can mend.
     """
     experiment = prepare(config)
-    folder = RunFolder.create(config)
-    return _run(experiment, folder, Progress(), None, runtime_factory, observer or SilentObserver())
+    with closing(runtime_factory(experiment)) as runtime:
+        folder = RunFolder.create(config)  # not before the runtime stands: a start that fails leaves nothing behind
+        return _run(experiment, runtime, folder, Progress(), None, observer or SilentObserver())
 
 
 def resume(
@@ -172,7 +96,10 @@ def resume(
         progress = Progress(**manifest["progress"])
     folder.rewind_metrics(progress.round_num)
     experiment = prepare(config)
-    return _run(experiment, folder, progress, checkpoint, runtime_factory, observer or SilentObserver())
+    with closing(runtime_factory(experiment)) as runtime:
+        if checkpoint is not None:
+            runtime.load(checkpoint)
+        return _run(experiment, runtime, folder, progress, checkpoint, observer or SilentObserver())
 
 
 def evaluate(
@@ -189,28 +116,20 @@ def evaluate(
 
 def _run(
     experiment: Experiment,
+    runtime: Runtime,
     folder: RunFolder,
     progress: Progress,
     checkpoint: Path | None,
-    runtime_factory: RuntimeFactory,
     observer: Observer,
 ) -> RunResult:
-    """Start the runtime, run the rounds that are left, and write the result."""
-    with closing(runtime_factory(experiment)) as runtime:
-        if checkpoint is not None:
-            runtime.load(checkpoint)
-        info = RunInfo(
-            folder.path,
-            experiment.config,
-            runtime.placement,
-            experiment.config.federation.num_rounds,
-            progress.round_num + 1,
-            _client_sizes(experiment),
-        )
-        observer.run_started(info)
-        newest = run_rounds(experiment, runtime, folder, progress, observer) or checkpoint
-        assert newest is not None, "there is at least one round"
-        result = _finish(runtime, folder, progress, newest)
+    """Run the rounds that are left, and write the result."""
+    config = experiment.config
+    start = progress.round_num + 1
+    sizes = _client_sizes(experiment)
+    observer.run_started(RunInfo(folder.path, config, runtime.placement, config.federation.num_rounds, start, sizes))
+    newest = run_rounds(experiment, runtime, folder, progress, observer) or checkpoint
+    assert newest is not None, "there is at least one round"
+    result = _finish(runtime, folder, progress, newest)
     replace_text(folder.result_file, json.dumps(result_as_json(result), indent=1) + "\n")
     return result
 
@@ -245,7 +164,7 @@ def run_rounds(
         progress.seconds["checkpoint"] = progress.seconds.get("checkpoint", 0.0) + time.perf_counter() - started
         valid_mrr = weighted_mean([item.metrics for item in evaluations]).mrr if evaluations else None
         loss = float(np.mean([report.losses["total"] for report in result.reports]))
-        up, down = _bytes(result)
+        up, down = round_bytes(result)
         observer.round_finished(RoundSummary(round_num, loss, valid_mrr, progress.best_mrr, seconds, up, down))
     return checkpoint
 
@@ -267,64 +186,12 @@ def sample_cohort(config: Config, clients: Sequence[int], round_num: int) -> lis
     return sorted(clients[int(index)] for index in picked)
 
 
-def metric_rows(
-    round_num: int, result: RoundResult, evaluations: Sequence[ClientEvaluation], seconds: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Make the rows of metrics.jsonl: one per client, and one for the round (client null)."""
-    evaluated = {item.client: item for item in evaluations}
-    reports = {report.client: report for report in result.reports}
-    rows: list[dict[str, Any]] = []
-    for client in sorted(evaluated.keys() | reports.keys()):
-        row: dict[str, Any] = {"round": round_num, "client": client}
-        if client in reports:
-            report = reports[client]
-            row |= {"losses": report.losses, "bytes_up": report.bytes_up, "bytes_down": report.bytes_down}
-            row["seconds"] = report.seconds
-        if client in evaluated:
-            row |= {"valid": metrics_as_json(evaluated[client].metrics), "combination": evaluated[client].combination}
-        rows.append(row)
-    up, down = _bytes(result)
-    total: dict[str, Any] = {"round": round_num, "client": None, "bytes_up": up, "bytes_down": down}
-    total |= {"phase_seconds": dict(seconds), "server_losses": result.server.losses if result.server else {}}
-    if evaluations:
-        total["valid"] = metrics_as_json(weighted_mean([item.metrics for item in evaluations]))
-    return [*rows, total]
-
-
-def metrics_as_json(metrics: RankingMetrics) -> dict[str, Any]:
-    """Write ranking metrics (filtered, realistic) as JSON."""
-    hits = {f"hits_at_{k}": value for k, value in metrics.hits.items()}
-    return {"mrr": metrics.mrr, **hits, "num_queries": metrics.num_queries}
-
-
-def result_as_json(result: RunResult) -> dict[str, Any]:
-    """Write a result as JSON."""
-    return {
-        "best_round": result.best_round,
-        "valid_mrr": result.valid_mrr,
-        "test": metrics_as_json(result.test),
-        "clients": [
-            {
-                "client": item.client,
-                "test": metrics_as_json(item.test),
-                "valid_mrr": item.valid_mrr,
-                "combination": item.combination,
-            }
-            for item in result.clients
-        ],
-        "seconds": result.seconds,
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "imputation": result.imputation,
-        "consistency": result.consistency,
-    }
-
-
 def _finish(runtime: Runtime, folder: RunFolder, progress: Progress, newest: Path) -> RunResult:
     """Rank the test triples with the models of the round with the best validation MRR."""
     started = time.perf_counter()
     best_round = progress.best_round
-    assert best_round is not None and progress.best_mrr is not None, "the last round is validated"
+    assert best_round is not None, "the last round is validated"
+    assert progress.best_mrr is not None, "a best round has a metric"
     best = folder.checkpoints / f"round-{best_round:05d}"
     if best != newest:
         read_manifest(best)
@@ -369,7 +236,7 @@ def _advance(
 ) -> bool:
     """Bring the progress up to date; returns whether this round is the best so far."""
     progress.round_num = round_num
-    up, down = _bytes(result)
+    up, down = round_bytes(result)
     progress.bytes_up += up
     progress.bytes_down += down
     for phase, value in seconds.items():
@@ -387,10 +254,6 @@ def _advance(
 def _out_of_patience(config: Config, progress: Progress) -> bool:
     patience = config.evaluation.patience
     return patience is not None and progress.evaluations_since_best >= patience
-
-
-def _bytes(result: RoundResult) -> tuple[int, int]:
-    return sum(report.bytes_up for report in result.reports), sum(report.bytes_down for report in result.reports)
 
 
 def _client_sizes(experiment: Experiment) -> list[tuple[int, int, int, int, int, int]]:

@@ -75,7 +75,7 @@ def load_federated_split(graph: KnowledgeGraph, config: Config) -> FederatedSpli
     data = config.data
     if data.split == "given":
         assert data.split_file is not None, "the config refuses a given split without a file"
-        return load_split(resolve_split(graph, data.split_file), graph, move_unseen=True)
+        return load_split(resolve_split(graph, data.split_file), graph)
     return make_split(graph, data.split, data.num_clients, seed=config.data_seed, alpha=data.dirichlet_alpha)
 
 

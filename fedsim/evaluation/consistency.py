@@ -1,4 +1,4 @@
-"""Semantic consistency: do clients mean the same by an entity? (method.md section 7)
+"""Semantic consistency: do clients mean the same by an entity? See method.md section 7.
 
 Mean cosine, between clients, of the hyper-modal embeddings of the entities that they share. This is an instrument of
 the simulation, not a message of the protocol: no client or server ever reads it.
@@ -34,7 +34,8 @@ class TokenSample:
 def shared_entities(owned: Mapping[int, Tensor]) -> Tensor:
     """Return the sorted global ids that at least two clients own."""
     ids, counts = torch.cat(list(owned.values())).unique(return_counts=True)
-    return ids[counts >= 2]
+    found: Tensor = ids[counts >= 2]
+    return found
 
 
 def sample_tokens(client: "Client", shared: Tensor, round_num: int) -> TokenSample:

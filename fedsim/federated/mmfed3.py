@@ -35,13 +35,16 @@ class MMFeD3(Strategy):
         if round_num <= config.warmup_rounds:
             return {}
         own, shared = forwards["local"], forwards["global"]
-        terms = {
-            "logit_to_client": (config.logit_to_client, lambda: self._logit_term(shared, own)),
-            "logit_to_global": (config.logit_to_global, lambda: self._logit_term(own, shared)),
-            "feature_to_client": (config.feature_to_client, lambda: feature_term(shared, own)),
-            "feature_to_global": (config.feature_to_global, lambda: feature_term(own, shared)),
-        }
-        return {name: weight * term() for name, (weight, term) in terms.items() if weight > 0}
+        losses = {}
+        if config.logit_to_client > 0:
+            losses["logit_to_client"] = config.logit_to_client * self._logit_term(shared, own)
+        if config.logit_to_global > 0:
+            losses["logit_to_global"] = config.logit_to_global * self._logit_term(own, shared)
+        if config.feature_to_client > 0:
+            losses["feature_to_client"] = config.feature_to_client * feature_term(shared, own)
+        if config.feature_to_global > 0:
+            losses["feature_to_global"] = config.feature_to_global * feature_term(own, shared)
+        return losses
 
     def _logit_term(self, teacher: Forward, student: Forward) -> Tensor:
         """Return tau^2 KL(sg p_teacher || p_student), mean over queries (eq. 9)."""

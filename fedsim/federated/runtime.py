@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import threadpoolctl
 import torch
 
 from fedsim.checkpoint import client_file, load_tensors, save_tensors, server_file
@@ -122,12 +123,21 @@ def make_client(data: ClientData, config: Config, device: torch.device) -> Clien
     return Client(data, config, make_strategy(config), device)
 
 
+def pin_threads(num_threads: int) -> None:
+    """Give torch, and the linear algebra of numpy and scikit-learn, this many threads in this process.
+
+    How a sum is divided among threads decides its last digits, so every process of every runtime does this.
+    """
+    torch.set_num_threads(num_threads)
+    threadpoolctl.threadpool_limits(num_threads)
+
+
 class InProcessRuntime:
     """All clients and the server in this process, one after the other."""
 
     def __init__(self, experiment: Experiment) -> None:
         config = experiment.config
-        torch.set_num_threads(config.runtime.torch_threads)
+        pin_threads(config.runtime.torch_threads)
         strategy = make_strategy(config)
         device = torch.device("cuda" if config.runtime.gpus_per_client > 0 else "cpu")
         self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}

@@ -19,7 +19,7 @@ from rich.table import Table
 if TYPE_CHECKING:  # keeps torch out of `fedsim --help`
     from fedsim.evaluation.ranking import RankingMetrics
     from fedsim.prediction import Candidate
-    from fedsim.simulation import RoundSummary, RunInfo, RunResult
+    from fedsim.results import RoundSummary, RunInfo, RunResult
 
 MAX_CLIENT_ROWS = 20  # of hundreds of clients the tables show the first ones; the metrics file holds all
 

@@ -17,7 +17,7 @@ from fedsim.config import Config, dump_config, make_config
 from fedsim.errors import RunError
 from fedsim.evaluation.ranking import RankingMetrics
 from fedsim.report.console import ConsoleObserver, format_bytes, show_result
-from fedsim.simulation import ClientResult, Observer, RoundSummary, RunInfo, RunResult
+from fedsim.results import ClientResult, Observer, RoundSummary, RunInfo, RunResult
 
 METRICS = RankingMetrics(mrr=0.25, hits={1: 0.125, 3: 0.5, 10: 0.75}, num_queries=1200)
 

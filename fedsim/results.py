@@ -1,0 +1,156 @@
+"""What a run tells and ends with: progress for an observer, rows of metrics, and the result."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedsim.config import Config
+from fedsim.evaluation.ranking import RankingMetrics, weighted_mean
+from fedsim.federated.client import ClientEvaluation
+from fedsim.federated.runtime import RoundResult
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known when a run starts; `clients` has (client, entities, relations, train, valid, test) each."""
+
+    folder: Path
+    config: Config
+    placement: list[str]
+    num_rounds: int
+    start_round: int
+    clients: list[tuple[int, int, int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """One finished round, for the progress display; `seconds` is by phase."""
+
+    round_num: int
+    loss: float
+    valid_mrr: float | None
+    best_mrr: float | None
+    seconds: dict[str, float]
+    bytes_up: int
+    bytes_down: int
+
+
+class Observer(Protocol):
+    """Is told of progress; see `fedsim.report.console`."""
+
+    def run_started(self, info: RunInfo) -> None:
+        """Learn what is about to run and where."""
+        ...
+
+    def round_started(self, round_num: int) -> None:
+        """Learn that a round begins."""
+        ...
+
+    def round_finished(self, summary: RoundSummary) -> None:
+        """Learn how a round went."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Learn something worth a line."""
+        ...
+
+
+class SilentObserver:
+    """Shows nothing."""
+
+    def run_started(self, info: RunInfo) -> None:
+        """Show nothing."""
+
+    def round_started(self, round_num: int) -> None:
+        """Show nothing."""
+
+    def round_finished(self, summary: RoundSummary) -> None:
+        """Show nothing."""
+
+    def message(self, text: str) -> None:
+        """Show nothing."""
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """A client's test metrics under the best round's models."""
+
+    client: int
+    test: RankingMetrics
+    valid_mrr: float
+    combination: float | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ends with: test metrics of the round with the best validation MRR, costs and instruments."""
+
+    folder: Path
+    best_round: int
+    valid_mrr: float
+    test: RankingMetrics
+    clients: list[ClientResult]
+    seconds: dict[str, float]
+    bytes_up: int
+    bytes_down: int
+    imputation: dict[str, dict[str, float]]
+    consistency: dict[str, float]
+
+
+def metric_rows(
+    round_num: int, result: RoundResult, evaluations: Sequence[ClientEvaluation], seconds: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Make the rows of metrics.jsonl: one per client, and one for the round (client null)."""
+    evaluated = {item.client: item for item in evaluations}
+    reports = {report.client: report for report in result.reports}
+    rows: list[dict[str, Any]] = []
+    for client in sorted(evaluated.keys() | reports.keys()):
+        row: dict[str, Any] = {"round": round_num, "client": client}
+        if client in reports:
+            report = reports[client]
+            row |= {"losses": report.losses, "bytes_up": report.bytes_up, "bytes_down": report.bytes_down}
+            row["seconds"] = report.seconds
+        if client in evaluated:
+            row |= {"valid": metrics_as_json(evaluated[client].metrics), "combination": evaluated[client].combination}
+        rows.append(row)
+    up, down = round_bytes(result)
+    total: dict[str, Any] = {"round": round_num, "client": None, "bytes_up": up, "bytes_down": down}
+    total |= {"phase_seconds": dict(seconds), "server_losses": result.server.losses if result.server else {}}
+    if evaluations:
+        total["valid"] = metrics_as_json(weighted_mean([item.metrics for item in evaluations]))
+    return [*rows, total]
+
+
+def metrics_as_json(metrics: RankingMetrics) -> dict[str, Any]:
+    """Write ranking metrics (filtered, realistic) as JSON."""
+    hits = {f"hits_at_{k}": value for k, value in metrics.hits.items()}
+    return {"mrr": metrics.mrr, **hits, "num_queries": metrics.num_queries}
+
+
+def result_as_json(result: RunResult) -> dict[str, Any]:
+    """Write a result as JSON."""
+    return {
+        "best_round": result.best_round,
+        "valid_mrr": result.valid_mrr,
+        "test": metrics_as_json(result.test),
+        "clients": [
+            {
+                "client": item.client,
+                "test": metrics_as_json(item.test),
+                "valid_mrr": item.valid_mrr,
+                "combination": item.combination,
+            }
+            for item in result.clients
+        ],
+        "seconds": result.seconds,
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "imputation": result.imputation,
+        "consistency": result.consistency,
+    }
+
+
+def round_bytes(result: RoundResult) -> tuple[int, int]:
+    """Return the bytes that all clients of a round sent and were sent."""
+    return sum(report.bytes_up for report in result.reports), sum(report.bytes_down for report in result.reports)
