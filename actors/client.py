@@ -1,0 +1,98 @@
+"""The actor that holds clients: it forwards, and adds nothing to what `fedsim` computes."""
+
+import warnings
+from pathlib import Path
+
+import ray
+import torch
+from torch import Tensor
+
+from actors.tensors import share_tensors
+from fedsim.checkpoint import client_file, load_tensors, save_tensors
+from fedsim.config import Config
+from fedsim.data.clients import ClientData
+from fedsim.errors import RunError
+from fedsim.evaluation.consistency import TokenSample, sample_tokens
+from fedsim.evaluation.imputation import measure_imputation
+from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
+from fedsim.federated.runtime import make_client, pin_threads
+
+
+class _ClientActor:
+    """Holds one or more clients and their private data.
+
+    Args:
+        name: of the actor.
+        config: the experiment.
+    """
+
+    def __init__(self, name: str, config: Config) -> None:
+        self.name, self.config = name, config
+        self.clients: dict[int, Client] = {}
+        share_tensors()
+        pin_threads(config.runtime.torch_threads)
+        # Private data is read from Ray's shared memory, and never written.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @ray.method
+    def start(self) -> str:
+        """Take hold of the device and say on which node this is."""
+        fraction = self.config.runtime.gpus_per_client
+        if fraction > 0:
+            if not torch.cuda.is_available():
+                raise RunError("torch finds no CUDA device; install torch with CUDA or set runtime.gpus_per_client 0")
+            # Ray counts shares of a GPU and does not enforce them: without this, one actor can starve the others.
+            torch.cuda.set_per_process_memory_fraction(fraction)
+        return str(ray.util.get_node_ip_address())
+
+    @ray.method
+    def add_client(self, data: ClientData) -> None:
+        """Make a client of its data."""
+        device = torch.device("cuda" if self.config.runtime.gpus_per_client > 0 else "cpu")
+        self.clients[data.client] = make_client(data, self.config, device)
+
+    @ray.method
+    def hello(self, client: int) -> ClientHello:
+        """Forward to `Client.hello`."""
+        return self.clients[client].hello()
+
+    @ray.method
+    def join(self, client: int, broadcast: Broadcast) -> None:
+        """Cut out the client's part of the broadcast and forward to `Client.join`."""
+        self.clients[client].join(broadcast.for_entities(self.clients[client].entity_ids))
+
+    @ray.method(num_returns=2)
+    def train(
+        self, client: int, round_num: int, broadcast: Broadcast | None
+    ) -> tuple[ClientUpdate | None, ClientReport]:
+        """Cut out the client's part of the broadcast and forward to `Client.train`."""
+        held = self.clients[client]
+        return held.train(round_num, broadcast.for_entities(held.entity_ids) if broadcast is not None else None)
+
+    @ray.method
+    def evaluate(self, client: int, split: str, round_num: int, choose: bool) -> list[ClientEvaluation]:
+        """Forward to `Client.evaluate`."""
+        return self.clients[client].evaluate(split, round_num, choose=choose)
+
+    @ray.method
+    def measure(self, client: int, shared: Tensor, round_num: int) -> tuple[dict[str, float], TokenSample]:
+        """Measure a client's imputation, and sample its tokens of the shared entities, int64 [num_shared]."""
+        held = self.clients[client]
+        return measure_imputation(held, round_num), sample_tokens(held, shared, round_num)
+
+    @ray.method
+    def save(self, client: int, folder: Path) -> None:
+        """Write a client's file of a checkpoint."""
+        save_tensors(self.clients[client].state(), client_file(folder, client))
+
+    @ray.method
+    def load(self, client: int, folder: Path) -> None:
+        """Read a client's file of a checkpoint."""
+        self.clients[client].load_state(load_tensors(client_file(folder, client)))
+
+
+ClientActor = ray.remote(_ClientActor)

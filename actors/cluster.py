@@ -1,0 +1,86 @@
+"""Joining a Ray cluster, or starting one on this machine."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import ray
+from ray.exceptions import RayError
+
+from actors.placement import NodeResources
+from fedsim.errors import RunError
+
+PROBE_SECONDS = 60.0  # for a process that imports Ray and joins; Ray itself would try for minutes
+PORT_SECONDS = 5.0
+MEND = "check runtime.address and that the cluster runs (`ray status`), or leave it null to start one on this machine"
+PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at an address, or start one on this machine if it is None.
+
+    Token authentication stays as Ray has it, and the dashboard on the loopback address.
+
+    Raises:
+        RunError: if the cluster cannot be reached, in bounded time.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray announces a later default for processes without a GPU by a warning; this is that default.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is not None and address != "local":
+        _probe(address)
+    # An explicit address: without one Ray joins whatever cluster it finds on the machine.
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
+    except (RayError, RuntimeError, ValueError, OSError) as err:
+        if address is None:
+            raise RunError(f"Ray does not start on this machine: {_line(str(err))}") from err
+        raise RunError(f"the Ray cluster at {address} cannot be joined: {_line(str(err))}; {MEND}") from err
+
+
+def _probe(address: str) -> None:
+    """Try an address in another process: Ray's own attempts take minutes and cannot be cut short."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        try:
+            socket.create_connection((host, int(port)), timeout=PORT_SECONDS).close()
+        except (OSError, ValueError, OverflowError) as err:
+            raise RunError(f"the Ray cluster at {address} cannot be reached: {_line(str(err))}; {MEND}") from err
+    command = [sys.executable, "-c", PROBE, address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
+    except subprocess.TimeoutExpired as err:
+        text = f"no answer in {PROBE_SECONDS:g} seconds"
+        raise RunError(f"the Ray cluster at {address} cannot be reached: {text}; {MEND}") from err
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise RunError(
+            f"the Ray cluster at {address} cannot be joined: {_line(lines[-1] if lines else 'no message')}; {MEND}"
+        )
+
+
+def cluster_resources() -> tuple[list[NodeResources], NodeResources]:
+    """Return what each node of the cluster has, and what all of them together have free."""
+    nodes = [_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return nodes, _resources(ray.available_resources())
+
+
+def settled_resources(num_seconds: float = 10.0) -> tuple[list[NodeResources], NodeResources]:
+    """As `cluster_resources`, but give actors that are ending some time to return their CPUs."""
+    deadline = time.monotonic() + num_seconds
+    while True:
+        nodes, free = cluster_resources()
+        if free.cpus >= sum(node.cpus for node in nodes) - 1e-6 or time.monotonic() > deadline:
+            return nodes, free
+        time.sleep(0.1)
+
+
+def _resources(found: dict[str, float]) -> NodeResources:
+    return NodeResources(found.get("CPU", 0.0), found.get("GPU", 0.0), found.get("memory", 0.0))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")

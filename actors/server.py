@@ -1,0 +1,74 @@
+"""The actor that holds the server: it forwards, and publishes each broadcast once in Ray's object store."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray
+from ray import ObjectRef
+
+from actors.tensors import share_tensors
+from fedsim.checkpoint import load_tensors, save_tensors, server_file
+from fedsim.config import Config
+from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
+from fedsim.federated.runtime import make_strategy, pin_threads
+from fedsim.federated.server import Server, ServerReport
+
+
+class _ServerActor:
+    """Holds the global state.
+
+    Args:
+        name: of the actor.
+        config: the experiment.
+        num_entities: size of the global id space.
+        feature_dims: modality -> width of its features.
+    """
+
+    def __init__(self, name: str, config: Config, num_entities: int, feature_dims: Mapping[str, int]) -> None:
+        self.name = name
+        self.published: ObjectRef[Broadcast] | None = None
+        share_tensors()
+        pin_threads(config.runtime.torch_threads)
+        self.server = Server(config, make_strategy(config), num_entities, feature_dims)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @ray.method
+    def start(self) -> str:
+        """Say on which node this is."""
+        return str(ray.util.get_node_ip_address())
+
+    @ray.method
+    def register(self, hello: ClientHello) -> None:
+        """Forward to `Server.register`."""
+        self.server.register(hello)
+
+    @ray.method
+    def begin_round(self, round_num: int) -> "list[ObjectRef[Broadcast]]":
+        """Open a round and publish its broadcast; a reference comes back, in a list so that Ray leaves it alone."""
+        self.published = ray.put(self.server.begin_round(round_num))  # held here: it lasts until the next round's
+        return [self.published]
+
+    @ray.method
+    def receive(self, update: ClientUpdate) -> None:
+        """Forward to `Server.receive`."""
+        self.server.receive(update)
+
+    @ray.method
+    def finish_round(self) -> ServerReport:
+        """Forward to `Server.finish_round`."""
+        return self.server.finish_round()
+
+    @ray.method
+    def save(self, folder: Path) -> None:
+        """Write the server's file of a checkpoint."""
+        save_tensors(self.server.state(), server_file(folder))
+
+    @ray.method
+    def load(self, folder: Path) -> None:
+        """Read the server's file of a checkpoint."""
+        self.server.load_state(load_tensors(server_file(folder)))
+
+
+ServerActor = ray.remote(_ServerActor)
