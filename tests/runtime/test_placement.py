@@ -1,0 +1,86 @@
+"""Placement: what is chosen for which cluster, and what is said when it does not fit."""
+
+import pytest
+
+from actors.placement import NodeResources, deal, plan_placement
+from fedsim.config import RuntimeConfig
+from fedsim.errors import RunError
+
+GB = 1e9
+
+
+def _plan(config: RuntimeConfig, num_clients: int, *nodes: NodeResources, free: NodeResources | None = None):
+    total = NodeResources(*(sum(getattr(n, name) for n in nodes) for name in ("cpus", "gpus", "memory_bytes")))
+    return plan_placement(config, dict.fromkeys(range(num_clients), 1), nodes, free or total, with_server=True)
+
+
+def test_the_default_config_is_dedicated_on_two_cores() -> None:
+    plan = _plan(RuntimeConfig(), 3, NodeResources(2, 0, 8 * GB))
+    assert plan.kind == "dedicated"
+    assert plan.groups == ((0,), (1,), (2,))
+    assert plan.num_cpus == 0.5
+    assert plan.lines[0] == ("dedicated: 3 client actors, one per client, each on 0.5 CPU, server actor on 0.5 CPU")
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        (NodeResources(2, 0, 100 * GB), "cpus: 4 actors of half a CPU, one of them the server"),
+        (NodeResources(64, 0, 1 * GB), "memory: 4 actors of 250 MB, one of them the server"),
+    ],
+)
+def test_auto_pools_what_does_not_fit(node: NodeResources, why: str) -> None:
+    plan = _plan(RuntimeConfig(), 300, node)
+    assert plan.kind == "pooled", why
+    assert len(plan.groups) == 3
+    assert sorted(client for group in plan.groups for client in group) == list(range(300))
+    assert plan.lines[1] == "placement auto: room for 3 client actors, not for 300"
+
+
+def test_a_share_of_a_gpu_lies_on_one_gpu() -> None:
+    """0.4 of a GPU fits twice on each of 2 GPUs, not 5 times on both together."""
+    plan = _plan(RuntimeConfig(gpus_per_client=0.4), 5, NodeResources(16, 2, 100 * GB))
+    assert plan.kind == "pooled"
+    assert len(plan.groups) == 4
+    assert plan.num_gpus == 0.4
+
+
+def test_all_resources_of_an_actor_lie_on_one_node() -> None:
+    """The GPUs are on a node with CPUs for two actors; the CPUs of the other node do not help them."""
+    nodes = NodeResources(1, 4, 100 * GB), NodeResources(32, 0, 100 * GB)
+    assert len(_plan(RuntimeConfig(gpus_per_client=0.5), 5, *nodes).groups) == 2
+
+
+def test_actors_of_others_are_left_alone() -> None:
+    plan = _plan(RuntimeConfig(), 7, NodeResources(4, 0, 100 * GB), free=NodeResources(1.5, 0, 50 * GB))
+    assert len(plan.groups) == 2
+
+
+def test_a_pool_is_never_larger_than_the_number_of_clients() -> None:
+    plan = _plan(RuntimeConfig(placement="pooled", num_actors=8), 3, NodeResources(16, 0, 100 * GB))
+    assert len(plan.groups) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"placement": "dedicated", "cpus_per_actor": 1},
+            r"dedicated placement of 3 clients needs 4 CPUs \(3 client actors and the server, 1 each\), "
+            r"but 2 are available; lower runtime.cpus_per_actor",
+        ),
+        (
+            {"placement": "dedicated", "gpus_per_client": 0.5},
+            r"needs 1.5 GPUs \(3 client actors, 0.5 each\), but 0 are available; lower runtime.gpus_per_client",
+        ),
+        ({"placement": "pooled", "num_actors": 2, "cpus_per_actor": 1}, "a pool of 2 client actors needs 3 CPUs"),
+        ({"cpus_per_actor": 4}, "a pool of 1 client actors needs 8 CPUs"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_what_there_is(config: dict[str, object], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        _plan(RuntimeConfig.model_validate(config), 3, NodeResources(2, 0, 8 * GB))
+
+
+def test_clients_are_dealt_by_work() -> None:
+    assert deal({0: 10, 1: 1, 2: 1, 3: 8}, 2) == ((0,), (1, 2, 3))
