@@ -1,8 +1,8 @@
 """Noise schedules of the forward process (eq. 5) and the DDIM step.
 
-Cosine: Nichol and Dhariwal, 2021. Linear: Ho et al., 2020, with betas scaled by 1000 / K so that the terminal
-signal-to-noise ratio is near zero at any K (the unscaled one keeps 60 % of the signal at K = 50). DDIM: Song et al.,
-2021, eta = 0.
+Cosine: Nichol and Dhariwal, 2021. Linear: that of Ho et al., 2020, in its continuous form (Song et al., "Score-based
+generative modeling through SDEs", 2021), which ends near zero signal at any K: the discrete betas keep 60 % of the
+signal at K = 50, and scaled by 1000 / K they pass 1 at K < 20. DDIM: Song et al., 2021, eta = 0.
 """
 
 import math
@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 MIN_SIGNAL = 1e-5  # floor of abar, so that x_0 can be recovered from epsilon at the last step
+BETA_FIRST, BETA_LAST = 0.1, 20.0  # rate of noise of the linear schedule at time 0 and 1: 1000 steps of Ho's betas
 
 
 def signal_levels(schedule: str, steps: int) -> Tensor:
     """Return abar_0 .. abar_K, float32 [steps + 1]; abar_0 = 1, falling to nearly 0."""
+    time = torch.arange(steps + 1, dtype=torch.float64) / steps
     if schedule == "cosine":
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
         levels = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         levels = levels / levels[0]
     else:
-        scale = 1000.0 / steps
-        betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64).clamp(max=0.999)
-        levels = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
+        levels = torch.exp(-(BETA_FIRST * time + (BETA_LAST - BETA_FIRST) * time**2 / 2))
     return levels.clamp(min=MIN_SIGNAL).float()
 
 

@@ -1,0 +1,34 @@
+"""Flat dicts of parameters: layers by name, and views."""
+
+import math
+
+import torch
+from experiments import generator
+
+from fedsim.models.parameters import layer_norm, linear, linear_init, select_view, with_prefix
+
+
+def test_layer_norm_standardises_by_hand() -> None:
+    """(1, 3) has mean 2 and variance 1, so it becomes (-1, 1); a constant row becomes zero, not NaN."""
+    assert torch.allclose(layer_norm(torch.tensor([[1.0, 3.0]])), torch.tensor([[-1.0, 1.0]]), atol=1e-5)
+    assert torch.equal(layer_norm(torch.full((1, 4), 7.0)), torch.zeros(1, 4))
+
+
+def test_linear_by_hand() -> None:
+    """(1, 2) [[1, 0], [0, 2]] + (1, 1) = (2, 5)."""
+    params = {"f.weight": torch.tensor([[1.0, 0.0], [0.0, 2.0]]), "f.bias": torch.ones(2)}
+    assert torch.equal(linear(params, "f", torch.tensor([1.0, 2.0])), torch.tensor([2.0, 5.0]))
+
+
+def test_linear_init_keeps_the_variance_of_its_inputs() -> None:
+    params = linear_init("f", 400, 50, generator(), scale=0.5)
+    assert params["f.weight"].shape == (400, 50)
+    assert math.isclose(float(params["f.weight"].std()), 0.5 / 20, rel_tol=0.05)
+    assert torch.equal(params["f.bias"], torch.zeros(50))
+
+
+def test_views_come_apart_as_they_were_put_together() -> None:
+    own = {"entity": torch.ones(1), "imputer.out.weight": torch.zeros(1)}
+    both = with_prefix(own, "local") | with_prefix({"entity": torch.zeros(1)}, "global") | {"relation": torch.ones(2)}
+    assert select_view(both, "local") == own
+    assert set(select_view(both, "global")) == {"entity"}
