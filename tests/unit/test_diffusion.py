@@ -1,0 +1,250 @@
+"""HidE: the CSDI rule, the sampler and its uncertainty (method.md eq. 4 to 7)."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from experiments import generator, small_config, token_table
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedsim.models.imputers import Imputation, TokenTable, diffusion
+from fedsim.models.imputers.denoiser import Condition, step_modulation
+from fedsim.models.imputers.diffusion import DiffusionImputer, random_condition
+from fedsim.models.imputers.mean import MeanImputer
+from fedsim.models.optimizers import adam
+from fedsim.models.parameters import Params, layer_norm
+
+NUM_TOKENS = 3
+AVAILABLE = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1]]).bool()
+MISSING = ~AVAILABLE
+
+
+def _imputer(**overrides: Any) -> DiffusionImputer:
+    return DiffusionImputer(small_config({f"diffusion.{k}": v for k, v in overrides.items()}), NUM_TOKENS)
+
+
+def _loss(imputer: DiffusionImputer, params: Params, tokens: TokenTable, seed: int = 5) -> Tensor:
+    loss = imputer.denoising_loss(params, tokens, step_modulation(params, imputer.config.steps), generator(seed))
+    assert loss is not None
+    return loss
+
+
+@given(seed=st.integers(0, 9999), num_tokens=st.integers(2, 6), batch=st.integers(1, 40))
+def test_the_condition_is_a_non_empty_proper_subset_of_the_available(seed: int, num_tokens: int, batch: int) -> None:
+    """Eq. 6: c(e) is not empty, and leaves a target; nothing that is missing is ever condition or target."""
+    draws = generator(seed)
+    available = torch.rand(num_tokens, batch, generator=draws) < 0.6
+    available[0] = available[1] = True
+    known = random_condition(available, draws)
+    assert not bool((known & ~available).any())
+    assert bool((known.sum(0) >= 1).all())
+    assert bool((known.sum(0) < available.sum(0)).all())
+
+
+def test_every_subset_is_drawn() -> None:
+    """Three available tokens have six non-empty proper subsets; each must come up, the two sizes alike often."""
+    known = random_condition(torch.ones(3, 3000, dtype=torch.bool), generator())
+    codes = (known * torch.tensor([[1], [2], [4]])).sum(0)
+    share = torch.bincount(codes, minlength=8) / 3000
+    assert share[0] == share[7] == 0
+    assert bool((share[1:7] > 0.1).all())
+
+
+@pytest.mark.parametrize("prediction", ["x0", "epsilon"])
+def test_a_missing_token_is_never_a_target(prediction: str) -> None:
+    """Whatever stands in the place of a missing token, the loss and its gradient do not see it."""
+    imputer = _imputer(prediction=prediction)
+    params = imputer.init(generator())
+    tokens = token_table(AVAILABLE)
+    garbage = replace(tokens, values=tokens.values + 1e3 * MISSING.unsqueeze(-1))
+    results = []
+    for table in (tokens, garbage):
+        leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+        loss = _loss(imputer, leaves, table)
+        results.append((loss, torch.autograd.grad(loss, list(leaves.values()))))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_there_is_no_loss_without_two_available_tokens() -> None:
+    imputer = _imputer()
+    params = imputer.init(generator())
+    tokens = token_table([[True, True], [False, False], [False, False]])
+    assert imputer.denoising_loss(params, tokens, step_modulation(params, 10), generator()) is None
+
+
+def test_the_denoiser_learns_on_tokens_that_it_does_not_move() -> None:
+    """Eq. 6 stops the gradient at the tokens: the entity table and projections learn from links alone."""
+    imputer = _imputer()
+    params = imputer.init(generator())
+    tokens = token_table(AVAILABLE)
+    values = tokens.values.clone().requires_grad_()
+    step = imputer.training_step(
+        params, replace(tokens, values=values), Imputation(values.detach(), torch.zeros(NUM_TOKENS, 6)), generator()
+    )
+    assert "diffusion" in step.losses
+    assert not step.losses["diffusion"].requires_grad, "no leaf is left once the tokens are detached"
+    assert step.values is not None
+    assert not step.values.requires_grad
+
+
+def test_min_snr_weights_by_hand() -> None:
+    """K = 1 has one step with abar = 1e-5, so SNR = 1e-5 / (1 - 1e-5): x_0 errors are weighted by min(SNR, 5), which
+    is that; epsilon errors by min(SNR, 5) / SNR = 1."""
+    snr = 1e-5 / (1 - 1e-5)
+    tokens = token_table(AVAILABLE)
+    for prediction, factor in (("x0", snr), ("epsilon", 1.0)):
+        plain = _imputer(steps=1, sampling_steps=1, prediction=prediction, min_snr=None)
+        weighted = _imputer(steps=1, sampling_steps=1, prediction=prediction, min_snr=5.0)
+        params = plain.init(generator())
+        ratio = float(_loss(weighted, params, tokens) / _loss(plain, params, tokens))
+        assert math.isclose(ratio, factor, rel_tol=1e-3)
+
+
+class PerfectDenoiser:
+    """Knows x_0; its `step_modulation` gives the noise level of each step, so that it can answer with epsilon too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, imputer: DiffusionImputer, truth: Tensor) -> None:
+        self.imputer, self.truth = imputer, truth  # [num_tokens, batch, dim], of the entities that lack a token
+        self.inputs: list[tuple[Condition, Tensor]] = []
+        monkeypatch.setattr(diffusion, "denoise", self.denoise)
+        monkeypatch.setattr(diffusion, "step_modulation", lambda params, steps: imputer.levels.unsqueeze(1))
+
+    def denoise(self, params: Params, condition: Condition, noisy: Tensor, level: Tensor) -> Tensor:
+        self.inputs.append((condition, noisy))
+        clean = self.truth.repeat(1, noisy.shape[1] // self.truth.shape[1], 1)
+        if self.imputer.config.prediction == "x0":
+            return clean - condition.start
+        return (noisy - level.sqrt() * clean) / (1 - level).sqrt()
+
+
+@pytest.mark.parametrize("prediction", ["x0", "epsilon"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize(("steps", "sampling_steps"), [(1, 1), (10, 3), (50, 50)])
+def test_a_perfect_denoiser_recovers_x_0(
+    prediction: str, schedule: str, steps: int, sampling_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then all draws agree, on the truth, and the uncertainty is zero; at the floor of abar epsilon costs 1e-4."""
+    imputer = _imputer(prediction=prediction, schedule=schedule, steps=steps, sampling_steps=sampling_steps)
+    truth = torch.randn(NUM_TOKENS, 6, 8, generator=generator(3))
+    tokens = replace(token_table(AVAILABLE), values=truth * AVAILABLE.unsqueeze(-1))
+    rows = MISSING.any(0)
+    PerfectDenoiser(monkeypatch, imputer, truth[:, rows])
+    made = imputer.impute(imputer.init(generator()), tokens, generator())
+    assert torch.allclose(made.values[MISSING], truth[MISSING], atol=1e-3)
+    assert float(made.uncertainty.abs().max()) < 1e-3
+
+
+def test_available_tokens_are_inserted_clean_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noisy input of an available token is zero at each step, and its clean value is in the condition."""
+    imputer = _imputer(num_draws=1)
+    params = imputer.init(generator())
+    tokens = token_table(AVAILABLE)
+    rows = MISSING.any(0)
+    perfect = PerfectDenoiser(monkeypatch, imputer, torch.zeros(NUM_TOKENS, int(rows.sum()), 8))
+    seen = []
+    real = diffusion.encode_condition
+    monkeypatch.setattr(diffusion, "encode_condition", lambda p, inputs: seen.append(inputs) or real(p, inputs))
+    imputer.impute(params, tokens, generator())
+    assert len(perfect.inputs) == imputer.config.sampling_steps
+    for _, noisy in perfect.inputs:
+        assert torch.equal(noisy[AVAILABLE[:, rows]], torch.zeros_like(noisy[AVAILABLE[:, rows]]))
+        assert bool((noisy[MISSING[:, rows]] != 0).any())
+    assert torch.equal(seen[0].known, AVAILABLE[:, rows])
+    assert torch.equal(seen[0].noised, MISSING[:, rows])
+    assert torch.equal(seen[0].clean, tokens.values[:, rows])
+
+
+def test_several_draws_give_an_uncertainty_where_something_is_missing() -> None:
+    tokens = token_table(AVAILABLE)
+    one, two = _imputer(num_draws=1), _imputer(num_draws=2)
+    params = one.init(generator())
+    assert float(one.impute(params, tokens, generator()).uncertainty.abs().max()) == 0.0
+    made = two.impute(params, tokens, generator())
+    assert bool((made.uncertainty[MISSING] > 0).all())
+    assert torch.equal(made.uncertainty[AVAILABLE], torch.zeros(int(AVAILABLE.sum())))
+    assert torch.equal(two.impute(params, tokens, generator()).values, made.values), "draws follow the generator"
+    assert not torch.equal(two.impute(params, tokens, generator(1)).values, made.values)
+
+
+def test_imputed_values_are_the_mean_of_the_draws() -> None:
+    imputer = _imputer(num_draws=3)
+    params = imputer.init(generator())
+    tokens = token_table(AVAILABLE[:, MISSING.any(0)])
+    draws = imputer._sample(params, tokens, generator(4))
+    made = imputer.impute(params, tokens, generator(4))
+    assert torch.allclose(made.values, draws.mean(0))
+    deviation = draws.std(0, correction=0).square().mean(-1).sqrt()
+    assert torch.allclose(made.uncertainty, deviation * ~tokens.available, atol=1e-6)
+
+
+def test_prototypes_condition_the_imputation_only_where_they_may() -> None:
+    """A prototype of a missing token changes it; beside an available token, or switched off, it is not read."""
+    tokens = token_table(AVAILABLE)
+    values = torch.randn(tokens.values.shape, generator=generator(8))
+    with_missing = TokenTable(tokens.values, AVAILABLE, values * MISSING.unsqueeze(-1), MISSING)
+    with_all = TokenTable(tokens.values, AVAILABLE, values, torch.ones_like(AVAILABLE))
+    imputer = _imputer()
+    params = imputer.init(generator())
+    plain, told, told_more = (
+        imputer.impute(params, table, generator()).values for table in (tokens, with_missing, with_all)
+    )
+    assert bool((plain[MISSING] != told[MISSING]).any(-1).all())
+    assert torch.equal(told, told_more)
+    blind = _imputer(use_prototypes=False)
+    assert torch.equal(blind.impute(params, with_all, generator()).values, plain)
+
+
+def test_prototypes_pull_the_one_step_estimate() -> None:
+    """Eq. 10: the term is there only with a weight and a prototype, and its gradient reaches the denoiser."""
+    prototypes = torch.randn(NUM_TOKENS, 6, 8, generator=generator(8))
+    tokens = token_table(AVAILABLE)
+    told = TokenTable(tokens.values, AVAILABLE, prototypes, MISSING)
+    for weight, table, expected in ((0.5, told, True), (0.0, told, False), (0.5, tokens, False)):
+        imputer = DiffusionImputer(
+            small_config({"distillation.prototype": weight, "diffusion.link_rows": 99}), NUM_TOKENS
+        )
+        leaves = {name: value.requires_grad_() for name, value in imputer.init(generator()).items()}
+        made = imputer.impute(leaves, table, generator())
+        step = imputer.training_step(leaves, table, made, generator())
+        assert ("prototype" in step.losses) == expected
+        assert step.values is not None
+        assert step.values.requires_grad
+        if expected:
+            assert 0 <= float(step.losses["prototype"].detach()) <= 2 * weight
+            assert step.losses["prototype"].requires_grad
+
+
+def test_hide_learns_more_than_the_mean() -> None:
+    """Two tokens of one latent: after a few hundred steps the imputed token is much nearer than the mean token.
+
+    The tokens are functions of each other, so a perfect imputer has no error; the mean has that of unit variance.
+    """
+    draws = generator(11)
+    latent = torch.randn(300, 4, generator=draws)
+    values = torch.stack([layer_norm(latent @ torch.randn(4, 8, generator=draws)) for _ in range(2)])
+    available = torch.ones(2, 300, dtype=torch.bool)
+    available[1, 200:] = False
+    nothing = torch.zeros_like(values)
+    tokens = TokenTable(values * available.unsqueeze(-1), available, nothing, torch.zeros_like(available))
+    config = small_config(
+        {"diffusion.hidden": 48, "diffusion.num_blocks": 2, "diffusion.batch_size": 64, "diffusion.num_draws": 4}
+    )
+    imputer = DiffusionImputer(config, 2)
+    params = imputer.init(draws)
+    state: Params = {}
+    for _ in range(400):
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        loss = imputer.denoising_loss(leaves, tokens, step_modulation(leaves, config.diffusion.steps), draws)
+        assert loss is not None
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        adam(params, dict(zip(leaves, grads, strict=True)), state, 0.003)
+    errors = [
+        float((maker.impute(params, tokens, generator()).values[1, 200:] - values[1, 200:]).square().mean())
+        for maker in (imputer, MeanImputer(config, 2))
+    ]
+    assert errors[0] < 0.5 * errors[1]

@@ -1,0 +1,74 @@
+"""Every registered loss, and N3, against numbers derived by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from experiments import generator, small_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsim.config import TrainingConfig
+from fedsim.models.losses import LOSSES, n3_penalty
+
+
+def _settings(**overrides: Any) -> TrainingConfig:
+    return small_config({f"training.{key}": value for key, value in overrides.items()}).training
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@given(
+    seed=st.integers(0, 9999), batch=st.integers(1, 6), num=st.integers(2, 9), scale=st.sampled_from([0.0, 1.0, 80.0])
+)
+def test_every_loss_is_finite_and_wants_the_truth_higher(
+    name: str, seed: int, batch: int, num: int, scale: float
+) -> None:
+    logits = (torch.randn(batch, num, generator=generator(seed)) * scale).requires_grad_()
+    target = torch.zeros(batch, dtype=torch.int64)
+    loss = LOSSES[name](logits, target, _settings())
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.shape == ()
+    assert bool(torch.isfinite(loss))
+    assert bool(torch.isfinite(grad).all())
+    assert bool((grad[:, 0] <= 0).all()), "raising the true score never raises the loss"
+    assert bool((grad[:, 1:] >= 0).all())
+
+
+def test_one_vs_all_by_hand() -> None:
+    """Four equal scores: -ln(1/4) = 1.386294. Scores (ln 3, 0), the first is true: -ln(3/4) = 0.287682.
+
+    With label smoothing 0.2 over two: 0.9 * 0.287682 + 0.1 * ln 4 = 0.397543.
+    """
+    loss = LOSSES["one_vs_all"]
+    first = torch.zeros(1, dtype=torch.int64)
+    skewed = torch.tensor([[math.log(3), 0.0]])
+    assert math.isclose(float(loss(torch.zeros(1, 4), first, _settings())), 1.386294, rel_tol=1e-6)
+    assert math.isclose(float(loss(skewed, first, _settings())), 0.287682, rel_tol=1e-5)
+    assert math.isclose(float(loss(skewed, first, _settings(label_smoothing=0.2))), 0.397543, rel_tol=1e-5)
+
+
+def test_self_adversarial_by_hand() -> None:
+    """gamma = 1, positive -1: -ln sigmoid(0) = 0.693147. Negatives 0 and ln 3 weigh 1/4 and 3/4 at temperature 1:
+    softplus(1) / 4 + 3 softplus(1 + ln 3) / 4 = 0.328315 + 1.660712 = 1.989028. Half of both: 1.341088.
+
+    At temperature 0 both weigh 1/2: (1.313262 + 2.214283) / 2 = 1.763773, and the loss is 1.228460.
+    """
+    logits = torch.tensor([[-1.0, 0.0, math.log(3)]])
+    target = torch.zeros(1, dtype=torch.int64)
+    for temperature, expected in ((1.0, 1.341088), (0.0, 1.228460)):
+        settings = _settings(margin=1.0, adversarial_temperature=temperature)
+        assert math.isclose(float(LOSSES["self_adversarial"](logits, target, settings)), expected, rel_tol=1e-5)
+
+
+def test_n3_by_hand() -> None:
+    """(3, 4) is one complex number of size 5: 125; as two reals it is 27 + 64 = 91. Three such vectors: 3 times."""
+    vector = torch.tensor([[3.0, 4.0]])
+    assert math.isclose(float(n3_penalty(vector, vector, vector, complex_pairs=True)), 375.0, rel_tol=1e-6)
+    assert math.isclose(float(n3_penalty(vector, vector, vector, complex_pairs=False)), 273.0, rel_tol=1e-6)
+
+
+def test_n3_has_a_finite_gradient_at_zero() -> None:
+    zero = torch.zeros(1, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(n3_penalty(zero, zero, zero, complex_pairs=True), zero)
+    assert bool(torch.isfinite(grad).all())

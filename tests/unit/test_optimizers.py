@@ -1,0 +1,60 @@
+"""The optimisers equal torch's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from experiments import generator
+
+from fedsim.models.optimizers import OPTIMIZERS, reset_state
+from fedsim.models.parameters import Params
+
+REFERENCES: dict[str, Callable[..., Any]] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+
+
+def _start() -> Params:
+    return {"a": torch.randn(3, 4, generator=generator()), "b": torch.randn(5, generator=generator(1))}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_equals_torch(name: str) -> None:
+    """Thirty steps with changing gradients, b only in every third; tolerance for the order of float operations."""
+    params, state = _start(), {}
+    reference = {key: value.clone().requires_grad_() for key, value in params.items()}
+    optimizer = REFERENCES[name](list(reference.values()), lr=0.02)
+    for step in range(30):
+        grads = {key: torch.randn(value.shape, generator=generator(step)) for key, value in params.items()}
+        if step % 3:
+            del grads["b"]
+        for key, leaf in reference.items():
+            leaf.grad = grads[key].clone() if key in grads else None
+        OPTIMIZERS[name](params, grads, state, 0.02)
+        optimizer.step()
+    for key, leaf in reference.items():
+        assert torch.allclose(params[key], leaf.detach(), atol=1e-5), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_without_gradient_stays(name: str) -> None:
+    params, state = _start(), {}
+    OPTIMIZERS[name](params, {"a": torch.ones(3, 4)}, state, 0.1)
+    assert torch.equal(params["b"], _start()["b"])
+    assert not [slot for slot in state if slot.endswith("/b")]
+
+
+def test_the_first_step_of_adam_by_hand() -> None:
+    """Both moments are unbiased, so the first step is learning rate * sign(gradient): 1 - 0.1 = 0.9."""
+    params = {"a": torch.ones(1)}
+    OPTIMIZERS["adam"](params, {"a": torch.tensor([123.0])}, {}, 0.1)
+    assert torch.allclose(params["a"], torch.tensor([0.9]))
+
+
+def test_state_is_forgotten_by_prefix() -> None:
+    params = {"global/a": torch.ones(1), "local/a": torch.ones(1)}
+    state: Params = {}
+    OPTIMIZERS["adam"](params, {name: torch.ones(1) for name in params}, state, 0.1)
+    reset_state(state, "global/")
+    assert {slot.split("/", 1)[1] for slot in state} == {"local/a"}
+    reset_state(state)
+    assert state == {}
