@@ -16,6 +16,7 @@ from fedsim.config import Config
 from fedsim.errors import ConfigError
 from fedsim.models.fusion import FUSIONS
 from fedsim.models.imputers import IMPUTERS, Imputation, TokenTable
+from fedsim.models.losses import LOSSES
 from fedsim.models.parameters import Params, layer_norm, linear, linear_init
 from fedsim.models.scorers import SCORERS
 
@@ -70,6 +71,7 @@ class ClientModel:
         self.feature_dims = dict(feature_dims) if self.fusion.uses_modalities else {}
         self.num_tokens = 1 + len(self.feature_dims)
         self.num_parts = self.fusion.num_parts(self.num_tokens)
+        self.loss = pick(LOSSES, "training.loss", config.training.loss)
         self.imputer = pick(IMPUTERS, "model.imputer", config.model.imputer)(config, self.num_tokens)
         self.dim = config.model.dim
 

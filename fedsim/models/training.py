@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fedsim.errors import RunError
-from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes, pick
+from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes
 from fedsim.models.imputers import Imputation, TokenTable
-from fedsim.models.losses import LOSSES, n3_penalty
+from fedsim.models.losses import n3_penalty
 from fedsim.models.optimizers import OPTIMIZERS
 from fedsim.models.parameters import Params, select_view
 
@@ -169,13 +168,12 @@ def forward_view(
     if config.model.dropout > 0:
         keep = torch.rand(queries.shape, generator=generator).to(queries.device) >= config.model.dropout
         queries = queries * keep / (1 - config.model.dropout)
-    loss = pick(LOSSES, "training.loss", config.training.loss)
     if candidates is None:
         logits = model.scores(queries, embeddings)
     else:
         logits = model.scores_of(queries, embeddings, candidates)
         target = torch.zeros_like(target)
-    losses["link"] = loss(logits, target, config.training)
+    losses["link"] = model.loss(logits, target, config.training)
     if config.training.n3_weight > 0:
         head, relation, tail = batch.T
         penalty = n3_penalty(
@@ -221,15 +219,10 @@ def _sample_candidates(
 ) -> Tensor | None:
     """Draw negatives, the true answer in column 0; int64 [num_queries, 1 + num_negatives]; None to score all."""
     config = model.config.training
-    if not pick(LOSSES, "training.loss", config.loss).samples_negatives:
+    if not model.loss.samples_negatives:
         return None
     head, _, tail = batch.T
     target = tail if config.corruption == "tail" else torch.cat([tail, head])
     num_entities = params[f"{views[0]}/entity"].shape[0]
     negatives = torch.randint(num_entities, (len(target), config.num_negatives), generator=generator)
     return torch.cat([target.unsqueeze(1), negatives.to(target.device)], 1)
-
-
-def label_distribution(logits: Tensor, temperature: float) -> Tensor:
-    """Return log p = log softmax(scores / tau), [num_queries, num_candidates]."""
-    return functional.log_softmax(logits / temperature, 1)

@@ -49,7 +49,9 @@ def test_one_vs_all_by_hand() -> None:
 
 
 def test_self_adversarial_by_hand() -> None:
-    """gamma = 1, positive -1: -ln sigmoid(0) = 0.693147. Negatives 0 and ln 3 weigh 1/4 and 3/4 at temperature 1:
+    """Half the sum of the positive's and the weighted negatives' terms, with gamma = 1.
+
+    The positive has -1: -ln sigmoid(0) = 0.693147. The negatives 0 and ln 3 weigh 1/4 and 3/4 at temperature 1:
     softplus(1) / 4 + 3 softplus(1 + ln 3) / 4 = 0.328315 + 1.660712 = 1.989028. Half of both: 1.341088.
 
     At temperature 0 both weigh 1/2: (1.313262 + 2.214283) / 2 = 1.763773, and the loss is 1.228460.

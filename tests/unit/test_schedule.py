@@ -1,5 +1,6 @@
 """Noise schedules and the DDIM step (method.md eq. 5 and 7)."""
 
+import itertools
 import math
 
 import pytest
@@ -71,4 +72,4 @@ def test_sampling_times_fall_strictly_from_k_to_0(steps: int, data: st.DataObjec
     num = data.draw(st.integers(1, steps))
     times = sampling_times(steps, num)
     assert (len(times), times[0], times[-1]) == (num + 1, steps, 0)
-    assert all(later < earlier for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(times))
