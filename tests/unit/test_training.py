@@ -1,0 +1,130 @@
+"""The training step and its parts (method.md eq. 8)."""
+
+from typing import Any
+
+import pytest
+import torch
+from builders import tiny_graph
+from experiments import small_client, small_config
+from torch import Tensor
+
+from fedsim.errors import RunError
+from fedsim.federated.client import Client
+from fedsim.models import training
+from fedsim.models.fusion import FUSIONS
+from fedsim.models.training import ClientValues, update_ema
+
+
+def _local(**overrides: Any) -> Client:
+    return small_client({"federation.strategy": "local", **overrides})
+
+
+def test_the_average_of_the_denoiser_by_hand() -> None:
+    """The decay warms up: min(0.995, 2/11) at the first step, so 0 moves 9/11 of the way to 1; at step 9, 10/19."""
+    values = ClientValues({"g/imputer.a": torch.ones(1)}, {}, {"g/imputer.a": torch.zeros(1)})
+    update_ema(values, 0.995, 1)
+    assert torch.allclose(values.ema["g/imputer.a"], torch.tensor([9 / 11]))
+    update_ema(values, 0.995, 9)
+    assert torch.allclose(values.ema["g/imputer.a"], torch.tensor([1 - (2 / 11) * (10 / 19)]))
+    update_ema(values, 0.0, 1)
+    assert torch.equal(values.ema["g/imputer.a"], torch.ones(1))
+
+
+@pytest.mark.parametrize("loss", ["one_vs_all", "self_adversarial"])
+def test_training_learns_its_triples(loss: str) -> None:
+    client = _local(**{"training.local_epochs": 15, "training.loss": loss, "training.margin": 1.0})
+    first = client.train(1, None)[1].losses["local/link"]
+    last = client.train(2, None)[1].losses["local/link"]
+    assert last < 0.8 * first
+
+
+def test_training_is_a_function_of_seed_round_and_client() -> None:
+    one, same, other = _local(), _local(), _local(seed=1, **{"data.seed": 0})
+    assert one.train(1, None)[1].losses == same.train(1, None)[1].losses
+    assert all(torch.equal(value, same.state()[name]) for name, value in one.state().items())
+    assert not torch.equal(one.state()["params/relation"], other.state()["params/relation"])
+    one.train(2, None)
+    same.train(3, None)
+    assert not torch.equal(one.state()["params/relation"], same.state()["params/relation"])
+
+
+def test_losses_are_means_over_steps_and_total_is_their_sum() -> None:
+    losses = _local().train(1, None)[1].losses
+    assert set(losses) == {"local/link", "local/diffusion", "total"}
+    assert losses["total"] == pytest.approx(losses["local/link"] + losses["local/diffusion"])
+
+
+def test_a_loss_that_is_not_finite_stops_with_client_round_and_term() -> None:
+    client = _local()
+    client.values.params["relation"].fill_(float("nan"))
+    with pytest.raises(RunError, match=r"client 0, round 3: the loss is not finite \(terms: local/link\); lower"):
+        client.train(3, None)
+
+
+def test_one_vs_all_asks_both_sides_unless_tails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[torch.Size] = []
+    real = training.forward_view
+
+    def spy(*args: Any) -> Any:
+        forward = real(*args)
+        sizes.append(forward.logits.shape)
+        assert forward.target.shape == forward.logits.shape[:1]
+        return forward
+
+    monkeypatch.setattr(training, "forward_view", spy)
+    for corruption in ("both", "tail"):
+        _local(**{"training.corruption": corruption, "training.batch_size": 4096}).train(1, None)
+    num_triples, num_entities = sizes[1]
+    assert sizes == [(2 * num_triples, num_entities), (num_triples, num_entities)]
+
+
+def test_the_true_answer_is_the_first_of_sampled_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    real = training._sample_candidates
+
+    def spy(model: Any, batch: Tensor, *args: Any) -> Tensor | None:
+        candidates = real(model, batch, *args)
+        assert candidates is not None
+        seen.append((batch, candidates))
+        return candidates
+
+    monkeypatch.setattr(training, "_sample_candidates", spy)
+    client = _local(**{"training.loss": "self_adversarial", "training.batch_size": 4096})
+    client.train(1, None)
+    batch, candidates = seen[0]
+    assert torch.equal(candidates[:, 0], torch.cat([batch[:, 2], batch[:, 0]]))
+    assert candidates.shape == (2 * len(batch), 1 + small_config().training.num_negatives)
+    assert int(candidates.max()) < len(client.data.entity_ids)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_client_without_modalities_trains(fusion: str) -> None:
+    """Structure alone, whether the data has nothing else or the config leaves it out."""
+    for client in (
+        small_client({"federation.strategy": "local", "model.fusion": fusion}, tiny_graph(modalities={})),
+        _local(**{"model.fusion": fusion, "data.modalities": []}),
+    ):
+        assert set(client.train(1, None)[1].losses) == {"local/link", "total"}
+        assert bool(torch.isfinite(client.scores(torch.tensor([0]), torch.tensor([0]), False, 1)).all())
+
+
+def test_a_client_with_one_triple_trains() -> None:
+    client = _local()
+    client.triples = client.triples[:1]
+    assert client.train(1, None)[1].losses["total"] > 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_training_without_and_with_everything_missing(rate: float) -> None:
+    client = _local(**{"data.missing_rate": rate})
+    losses = client.train(1, None)[1].losses
+    assert losses["total"] > 0
+    assert ("local/diffusion" in losses) == (rate == 0.0)
+
+
+def test_the_optimizer_state_starts_anew_only_where_asked() -> None:
+    for reset, steps in (("never", 2), ("global", 2), ("always", 1)):
+        client = _local(**{"training.reset_optimizer": reset, "training.batch_size": 4096})
+        client.train(1, None)
+        client.train(2, None)
+        assert int(client.values.optimizer["steps/local/entity"]) == steps
