@@ -16,11 +16,18 @@ _LIMIT = float(1 << 12)  # |value| below 4096 leaves room for 2,048 summands in 
 
 
 def encode(values: Tensor, name: str) -> Tensor:
-    """Encode floats as int64 fixed point; RunError if a value is not finite or too large to be summed exactly."""
+    """Encode floats as int64 fixed point; see `check_range`."""
+    check_range(values, name)
+    return (values.double() * _SCALE).round().to(torch.int64)
+
+
+def check_range(values: Tensor, name: str) -> None:
+    """Raise RunError if a value is not finite or too large to be summed exactly."""
     largest = float(values.abs().max()) if values.numel() else 0.0
     if not largest < _LIMIT:
-        raise RunError(f"'{name}' holds {largest}, beyond what can be summed ({_LIMIT:.0f}); training diverged")
-    return (values.double() * _SCALE).round().to(torch.int64)
+        raise RunError(
+            f"'{name}' holds {largest}, beyond what can be summed ({_LIMIT:.0f}); lower training.learning_rate"
+        )
 
 
 def decode(total: Tensor, weight: Tensor) -> Tensor:

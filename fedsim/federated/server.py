@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.errors import RunError
-from fedsim.federated.aggregation import ModuleMean, RowMean
+from fedsim.federated.aggregation import ModuleMean, RowMean, check_range
 from fedsim.federated.messages import (
     Broadcast,
     ClientHello,
@@ -77,7 +77,7 @@ class Server:
 
         Raises:
             RunError: if the update is of another round, of rows that the client does not own, came twice, or holds
-                a value that is not finite. The sums are not touched then.
+                a value that is not finite or too large. The sums are not touched then.
         """
         started = time.perf_counter()
         who = f"client {update.client}, round {update.round_num}"
@@ -90,6 +90,11 @@ class Server:
         bad = check_finite(update)
         if bad is not None:
             raise RunError(f"{who}: '{bad}' in the update is not finite; lower training.learning_rate")
+        parts = {"entity": update.entity, **update.modules}
+        if update.tokens is not None:
+            parts["tokens"] = update.tokens
+        for name, value in parts.items():  # all of them before the first sum, which a later refusal would leave torn
+            check_range(value, f"{who}: {name}")
         self.rows.add(update.entity_ids, update.entity, f"{who}: entity")
         share = update.num_triples / sum(self.num_triples.values())
         self.modules.add(update.modules, share)
