@@ -61,7 +61,7 @@ class ModelConfig(Section):
     fusion: str = Field("gate", description="gate (eq. 2), split (a scorer per modality) or none (structure alone)")
     imputer: str = Field("diffusion", description="what fills missing tokens: zero, mean, random or diffusion (HidE)")
     gate_hidden: Count = Field(32, description="hidden width of the fusion gate")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="dropout on the query vector")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.4, description="dropout on the query vector")
     init_scale: Positive = Field(0.1, description="standard deviation of initial relation embeddings")
 
 
@@ -77,9 +77,9 @@ class DiffusionConfig(Section):
     num_blocks: Count = Field(2, description="residual blocks of the denoiser")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.995, description="EMA of the denoiser, warmed up")
     weight: Weight = Field(1.0, description="w_diff, weight of L_diff in eq. 8")
-    batch_size: Count = Field(256, description="entities per step that train the denoiser")
+    batch_size: Count = Field(128, description="entities per step that train the denoiser")
     link_rows: Annotated[int, Field(ge=0)] = Field(
-        128, description="missing entities per step whose one-step estimate carries the link-prediction gradient"
+        32, description="missing entities per step whose one-step estimate carries the link-prediction gradient"
     )
     min_snr: Positive | None = Field(None, description="weigh L_diff by min(SNR, this); null weighs steps alike")
     use_prototypes: bool = Field(True, description="condition on the server's prototypes where it sent them")
@@ -95,10 +95,10 @@ class TrainingConfig(Section):
     """Local training at a client (method.md eq. 8)."""
 
     loss: str = Field("one_vs_all", description="one_vs_all (cross-entropy over all entities) or self_adversarial")
-    batch_size: Count = Field(512, description="triples per step")
+    batch_size: Count = Field(256, description="triples per step")
     local_epochs: Count = Field(3, description="epochs per round")
     optimizer: Literal["adam", "adagrad"] = Field("adam", description="optimiser of all parameters")
-    learning_rate: Positive = Field(0.003, description="learning rate")
+    learning_rate: Positive = Field(0.01, description="learning rate")
     reset_optimizer: Literal["never", "global", "always"] = Field(
         "never", description="whose optimiser state starts anew each round: nobody's, the global copy's, everybody's"
     )

@@ -3,20 +3,22 @@
 Source: the abstract of arXiv 2506.22036; the private local model beside a trainable global copy with a shared private
 relation table is FedLU's (Zhu et al., WWW 2023). Equations 9 to 13 are our inference.
 
-Symbols: L `local`, G `global`, tau `temperature`, p `label_distribution`, Z `prototypes`.
+Symbols: L `local`, G `global`, tau `temperature`, log p `log_labels`, Z `prototypes`.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedsim.federated.messages import SoftQueries
 from fedsim.federated.server_distillation import distil_global_model
 from fedsim.federated.strategy import Extras, GlobalModel, Strategy
 from fedsim.models.client_model import ClientModel
 from fedsim.models.parameters import select_view
-from fedsim.models.training import ClientValues, Forward, TrainingInput, label_distribution
+from fedsim.models.training import ClientValues, Forward, TrainingInput
 
 
 class MMFeD3(Strategy):
@@ -36,21 +38,17 @@ class MMFeD3(Strategy):
             return {}
         own, shared = forwards["local"], forwards["global"]
         losses = {}
-        if config.logit_to_client > 0:
-            losses["logit_to_client"] = config.logit_to_client * self._logit_term(shared, own)
-        if config.logit_to_global > 0:
-            losses["logit_to_global"] = config.logit_to_global * self._logit_term(own, shared)
+        if config.logit_to_client > 0 or config.logit_to_global > 0:
+            to_client, to_global = mutual_divergence(own.logits, shared.logits, config.temperature)
+            if config.logit_to_client > 0:
+                losses["logit_to_client"] = config.logit_to_client * to_client
+            if config.logit_to_global > 0:
+                losses["logit_to_global"] = config.logit_to_global * to_global
         if config.feature_to_client > 0:
             losses["feature_to_client"] = config.feature_to_client * feature_term(shared, own)
         if config.feature_to_global > 0:
             losses["feature_to_global"] = config.feature_to_global * feature_term(own, shared)
         return losses
-
-    def _logit_term(self, teacher: Forward, student: Forward) -> Tensor:
-        """Return tau^2 KL(sg p_teacher || p_student), mean over queries (eq. 9)."""
-        tau = self.config.distillation.temperature
-        target = label_distribution(teacher.logits.detach(), tau)
-        return tau**2 * divergence(target, label_distribution(student.logits, tau))
 
     def extras(
         self,
@@ -100,7 +98,7 @@ class MMFeD3(Strategy):
         return SoftQueries(
             asked["global"].cpu(),
             entity_ids[candidates.cpu()],
-            label_distribution(top, config.temperature).cpu(),
+            log_labels(top, config.temperature).cpu(),
         )
 
     def distil(
@@ -110,13 +108,53 @@ class MMFeD3(Strategy):
         return distil_global_model(self.config, model, state, soft_queries, generator)
 
 
-def divergence(target: Tensor, prediction: Tensor) -> Tensor:
-    """Return KL(target || prediction) of log probabilities [num_queries, num_candidates], mean over queries."""
-    return (target.exp() * (target - prediction)).sum(1).mean()
+def mutual_divergence(own: Tensor, shared: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return tau^2 KL(sg p_G || p_L) and tau^2 KL(sg p_L || p_G), means over queries (eq. 9).
+
+    Args:
+        own: logits of the private model L, [num_queries, num_candidates].
+        shared: logits of the global copy G over the same candidates.
+        temperature: tau.
+    """
+    terms: tuple[Tensor, Tensor] = _MutualDivergence.apply(own, shared, temperature)  # type: ignore[no-untyped-call]
+    return terms
+
+
+class _MutualDivergence(torch.autograd.Function):
+    """Both divergences from one softmax per side.
+
+    The gradient is known: tau^2 KL(sg p || q) has tau (q - p) with respect to the logits of q. Autograd would take
+    four softmaxes over all candidates and their backward passes, the largest tensors of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, shared: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Compute both means over queries."""
+        log_own, log_shared = log_labels(own, temperature), log_labels(shared, temperature)
+        gap = log_shared - log_own
+        prob_own, prob_shared = log_own.exp_(), log_shared.exp_()
+        scale = temperature**2 / len(own)
+        to_client = scale * (prob_shared * gap).sum()
+        to_global = -scale * (prob_own * gap).sum()
+        ctx.save_for_backward(prob_own.sub_(prob_shared))  # p_L - p_G
+        ctx.scale = temperature / len(own)
+        return to_client, to_global
+
+    @staticmethod
+    def backward(ctx: Any, grad_client: Tensor, grad_global: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Push each side towards the other."""
+        (difference,) = ctx.saved_tensors
+        return difference * (grad_client * ctx.scale), difference * (-grad_global * ctx.scale), None
 
 
 def feature_term(teacher: Forward, student: Forward) -> Tensor:
     """Return 1 - cos(x_m^student, sg x_m^teacher), mean over available tokens (eq. 10)."""
-    cosine = torch.cosine_similarity(student.tokens.values, teacher.tokens.values.detach(), dim=-1)
-    weight = student.tokens.available.to(cosine.dtype)  # [num_tokens, num_entities]
+    goal = functional.normalize(teacher.tokens.values.detach(), dim=-1)
+    cosine = (functional.normalize(student.tokens.values, dim=-1) * goal).sum(-1)  # [num_tokens, num_entities]
+    weight = student.tokens.available.to(cosine.dtype)
     return ((1 - cosine) * weight).sum() / weight.sum()
+
+
+def log_labels(logits: Tensor, temperature: float) -> Tensor:
+    """Return log p = log softmax(scores / tau), [num_queries, num_candidates]."""
+    return functional.log_softmax(logits / temperature, 1)

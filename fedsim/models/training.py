@@ -175,15 +175,24 @@ def forward_view(
         target = torch.zeros_like(target)
     losses["link"] = model.loss(logits, target, config.training)
     if config.training.n3_weight > 0:
-        head, relation, tail = batch.T
-        penalty = n3_penalty(
+        losses["n3"] = config.training.n3_weight * _n3(model, embeddings, relations, batch)
+    return Forward(tokens, logits, target, losses)
+
+
+def _n3(model: ClientModel, embeddings: Tensor, relations: Tensor, batch: Tensor) -> Tensor:
+    """Return the N3 penalty of the batch's triples, with both embeddings of a relation if there are two."""
+    head, relation, tail = batch.T
+    sides = [relation, relation + relations.shape[1] // 2] if model.config.training.reciprocal else [relation]
+    penalties = [
+        n3_penalty(
             embeddings[:, head].flatten(0, 1),
-            relations[:, relation].flatten(0, 1),
+            relations[:, side].flatten(0, 1),
             embeddings[:, tail].flatten(0, 1),
             complex_pairs=model.scorer.name == "complex",
         )
-        losses["n3"] = config.training.n3_weight * penalty
-    return Forward(tokens, logits, target, losses)
+        for side in sides
+    ]
+    return torch.stack(penalties).mean()
 
 
 def impute_view(

@@ -39,8 +39,9 @@ class DenoiserInput:
 
 @dataclass(frozen=True)
 class Condition:
-    """The part of the denoiser's first layer that does not change during sampling: see `encode_condition`."""
+    """What does not change during sampling: see `encode_condition`."""
 
+    tokens: Tensor  # [num_tokens, batch, dim], known and hidden tokens, zero where noised
     hidden: Tensor  # [batch, hidden]
     modulation: Tensor  # [batch, num_blocks * 3 * hidden]
     start: Tensor  # [num_tokens, batch, dim]
@@ -50,7 +51,7 @@ def init_denoiser(num_tokens: int, dim: int, hidden: int, num_blocks: int, gener
     """Make the parameters, named ``imputer.*``."""
     width = num_tokens * dim
     params = {"imputer.null": torch.randn(num_tokens, dim, generator=generator) * 0.02}
-    for part, in_dim in (("known", width), ("noisy", width), ("prototype", width), ("flags", 3 * num_tokens)):
+    for part, in_dim in (("tokens", width), ("prototype", width), ("flags", 3 * num_tokens)):
         params |= linear_init(f"imputer.{part}", in_dim, hidden, generator, scale=0.5)
     params |= linear_init("imputer.step_in", STEP_FEATURES, hidden, generator)
     params |= linear_init("imputer.step_out", hidden, num_blocks * 3 * hidden, generator, scale=0.3)
@@ -67,14 +68,12 @@ def encode_condition(params: Mapping[str, Tensor], inputs: DenoiserInput) -> Con
     hidden_token = ~(inputs.known | inputs.noised).unsqueeze(-1)
     null = params["imputer.null"].unsqueeze(1)  # [num_tokens, 1, dim]
     clean = torch.where(known, inputs.clean, torch.where(hidden_token, null, torch.zeros_like(null)))
-    start = torch.where(inputs.has_prototype.unsqueeze(-1), inputs.prototypes, torch.zeros_like(inputs.prototypes))
+    start = inputs.prototypes * inputs.has_prototype.unsqueeze(-1)
     flags = torch.cat([inputs.known, inputs.noised, inputs.has_prototype]).to(start.dtype).T  # [batch, 3 num_tokens]
-    hidden = (
-        linear(params, "imputer.known", flatten_tokens(clean))
-        + linear(params, "imputer.prototype", flatten_tokens(start))
-        + linear(params, "imputer.flags", flags)
-    )
-    return Condition(hidden, linear(params, "imputer.flags_out", flags), start)
+    hidden = linear(params, "imputer.flags", flags)
+    if bool(inputs.has_prototype.any()):
+        hidden = hidden + linear(params, "imputer.prototype", flatten_tokens(start))
+    return Condition(clean, hidden, linear(params, "imputer.flags_out", flags), start)
 
 
 def step_modulation(params: Mapping[str, Tensor], steps: int) -> Tensor:
@@ -99,7 +98,7 @@ def denoise(params: Mapping[str, Tensor], condition: Condition, noisy: Tensor, m
     Returns:
         [num_tokens, batch, dim].
     """
-    hidden = condition.hidden + linear(params, "imputer.noisy", flatten_tokens(noisy))  # [batch, hidden]
+    hidden = condition.hidden + linear(params, "imputer.tokens", flatten_tokens(condition.tokens + noisy))
     width = hidden.shape[-1]
     parts = (modulation + condition.modulation).split(width, dim=-1)
     for block in range(len(parts) // 3):

@@ -74,7 +74,8 @@ class DiffusionImputer:
         for time, next_time in zip(self.times, self.times[1:], strict=False):
             output = denoise(params, condition, noisy, modulation[time].unsqueeze(0))
             clean = self._clean(output, condition, noisy, levels[time])
-            noisy = ddim_step(noisy, clean, levels[time], levels[next_time]) * free
+            if next_time > 0:
+                noisy = ddim_step(noisy, clean, levels[time], levels[next_time]) * free
         return clean.view(num_tokens, num_draws, batch, dim).transpose(0, 1)
 
     def training_step(

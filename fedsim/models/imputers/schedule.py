@@ -43,8 +43,9 @@ def clean_from_noise(noisy: Tensor, noise: Tensor, level: Tensor) -> Tensor:
 
 def ddim_step(noisy: Tensor, clean: Tensor, level: Tensor, next_level: Tensor) -> Tensor:
     """Move from x_k to a less noisy x_k' along the deterministic DDIM path through the estimate of x_0."""
-    noise = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
-    return next_level.sqrt() * clean + (1 - next_level).sqrt() * noise
+    # epsilon = (x_k - sqrt(abar_k) x_0) / sqrt(1 - abar_k), written as one scaling of each argument
+    keep = ((1 - next_level) / (1 - level)).sqrt()
+    return clean * (next_level.sqrt() - keep * level.sqrt()) + noisy * keep
 
 
 def sampling_times(steps: int, sampling_steps: int) -> list[int]:
