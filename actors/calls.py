@@ -104,7 +104,7 @@ def _fetch(ref: "ObjectRef[T]", call: Call[Any]) -> T:
         cause = err.cause
         place = f"actor {call.actor} on node {call.node}"
         if isinstance(cause, FedSimError):
-            named = str(cause) if call.who in str(cause) else f"{call.who}, {call.what}: {cause}"
+            named = str(cause) if str(cause).startswith(("client ", call.who)) else f"{call.who}, {call.what}: {cause}"
             raise RunError(f"{named} ({place})") from err
         if isinstance(cause, RayActorError):
             raise RunError(_died(call, cause)) from err

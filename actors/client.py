@@ -1,5 +1,6 @@
 """The actor that holds clients: it forwards, and adds nothing to what `fedsim` computes."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -39,15 +40,15 @@ class _ClientActor:
         return self.name
 
     @ray.method
-    def start(self) -> str:
-        """Take hold of the device and say on which node this is."""
+    def start(self) -> tuple[str, int]:
+        """Take hold of the device; return the address of the node, and the process id there."""
         fraction = self.config.runtime.gpus_per_client
         if fraction > 0:
             if not torch.cuda.is_available():
                 raise RunError("torch finds no CUDA device; install torch with CUDA or set runtime.gpus_per_client 0")
             # Ray counts shares of a GPU and does not enforce them: without this, one actor can starve the others.
             torch.cuda.set_per_process_memory_fraction(fraction)
-        return str(ray.util.get_node_ip_address())
+        return str(ray.util.get_node_ip_address()), os.getpid()
 
     @ray.method
     def add_client(self, data: ClientData) -> None:

@@ -50,7 +50,8 @@ class _Held:
     actor: ActorProxy[_ClientActor]
     name: str
     clients: tuple[int, ...]
-    node: str = "(starting)"
+    node: str = "not known yet"
+    pid: int = 0
 
 
 def ray_runtime(experiment: Experiment) -> Runtime:
@@ -86,7 +87,7 @@ class RayRuntime:
         self.placement: list[str] = []
         self.pool: list[_Held] = []
         self.server: ActorProxy[_ServerActor] | None = None
-        self.server_name, self.server_node = "", "(starting)"
+        self.server_name, self.server_node, self.server_pid = "", "not known yet", 0
 
     def start(self) -> None:
         """Place the actors, hand each client its data, and introduce the clients to the server."""
@@ -194,11 +195,11 @@ class RayRuntime:
         calls = [
             [Call(_names(held.clients), held.name, held.node, what, held.actor.start.remote)] for held in self.pool
         ]
-        nodes = {call.actor: node for call, node in collect(calls, self.timeout)}
+        places = {call.actor: place for call, place in collect(calls, self.timeout)}
         for held in self.pool:
-            held.node = nodes[held.name]
+            held.node, held.pid = places[held.name]
         if self.server is not None:
-            self.server_node = self._await_server(self.server.start.remote(), what)
+            self.server_node, self.server_pid = self._await_server(self.server.start.remote(), what)
 
     def _hand_out(self) -> None:
         """Give each client its data, make it known to the server, and send it the initial global model."""

@@ -1,5 +1,6 @@
 """The actor that holds the server: it forwards, and publishes each broadcast once in Ray's object store."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,9 +36,9 @@ class _ServerActor:
         return self.name
 
     @ray.method
-    def start(self) -> str:
-        """Say on which node this is."""
-        return str(ray.util.get_node_ip_address())
+    def start(self) -> tuple[str, int]:
+        """Return the address of the node, and the process id there."""
+        return str(ray.util.get_node_ip_address()), os.getpid()
 
     @ray.method
     def register(self, hello: ClientHello) -> None:
