@@ -1,0 +1,363 @@
+"""What leaves a client (method.md section 1): no triple, relation embedding, raw feature, text or picture.
+
+Every message of a run is recorded and searched for the bytes of what is private, in several orders and number
+formats; leaks planted on purpose show that the search finds them. The declared fields and the types of the actors'
+methods are held to a list, so that a new way out cannot open unseen.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from builders import write_tiny_dataset
+from torch import Tensor
+
+from actors.client import _ClientActor
+from actors.runtime import RayRuntime, ray_runtime
+from actors.server import _ServerActor
+from fedsim.evaluation.consistency import TokenSample
+from fedsim.evaluation.ranking import RankingMetrics
+from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.messages import ClientHello, ClientUpdate, SoftQueries
+from fedsim.federated.runtime import Experiment, InProcessRuntime, prepare
+from runs import small_config
+
+FIELDS: dict[type, dict[str, str]] = {
+    ClientHello: {"client": "int", "entity_ids": "Tensor", "num_triples": "int"},
+    ClientUpdate: {
+        "client": "int",
+        "round_num": "int",
+        "num_triples": "int",
+        "entity_ids": "Tensor",
+        "entity": "Tensor",
+        "modules": "dict[str, Tensor]",
+        "token_present": "Tensor | None",
+        "tokens": "Tensor | None",
+        "soft_queries": "SoftQueries | None",
+    },
+    SoftQueries: {"queries": "Tensor", "candidates": "Tensor", "log_labels": "Tensor"},
+    ClientReport: {
+        "client": "int",
+        "losses": "dict[str, float]",
+        "bytes_down": "int",
+        "bytes_up": "int",
+        "seconds": "float",
+    },
+    ClientEvaluation: {"client": "int", "metrics": "RankingMetrics", "combination": "float | None"},
+    TokenSample: {"entity_ids": "Tensor", "tokens": "dict[str, Tensor]", "names": "tuple[str, ...]"},
+}
+CLIENT_ACTOR_RETURNS = {
+    "start": "tuple[str, int]",
+    "add_client": "None",
+    "hello": "ClientHello",
+    "join": "None",
+    "train": "tuple[ClientUpdate | None, ClientReport]",
+    "evaluate": "list[ClientEvaluation]",
+    "measure": "tuple[dict[str, float], TokenSample]",
+    "save": "None",
+    "load": "None",
+}
+SERVER_ACTOR_TAKES = {
+    "start": [],
+    "register": ["ClientHello"],
+    "begin_round": ["int"],
+    "receive": ["ClientUpdate"],
+    "finish_round": [],
+    "save": ["Path"],
+    "load": ["Path"],
+}
+NUM_TOGETHER = 4  # neighbouring values that make up a secret: chance does not bring them together
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    dataset = write_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+    # Rate 0.5 hides features; wide enough rows that dim, feature widths and hidden widths all differ.
+    return prepare(small_config(dataset, Path("unused"), model__dim=18))
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Keeps every message, and what its client's secrets were when it was sent."""
+
+    messages: list[tuple[Any, "Secrets"]] = dataclasses.field(default_factory=list)
+
+    def record(self, client: Client, message: Any) -> None:
+        self.messages.append((message, secrets(client)))
+
+    def leaks(self) -> list[str]:
+        return [f"{type(message).__name__}: {leak}" for message, held in self.messages for leak in leaks(message, held)]
+
+
+@dataclasses.dataclass
+class Secrets:
+    """What is private to a client, as byte patterns of neighbouring values.
+
+    Attributes:
+        floats: kind -> patterns in half precision, in which every other precision is searched too.
+        integers: kind -> patterns in 64 bits.
+    """
+
+    floats: dict[str, set[bytes]]
+    integers: dict[str, set[bytes]]
+
+
+def secrets(client: Client) -> Secrets:
+    """Collect a client's relation embeddings, features and triples, in local and global ids, in rows and columns."""
+    relations = client.values.params["relation"].detach().numpy().reshape(-1, client.model.dim)
+    features = [row for item in client.data.features.values() for row in item.values]
+    triples: set[bytes] = set()
+    for group in client.data.groups:
+        for local in group.triples.values():
+            for ids in (local, _global_ids(client.data, local)):
+                starts = range(0, max(len(ids) - 1, 0), 2)
+                triples |= _patterns([ids[i : i + 2].ravel() for i in starts], np.int64, 6)
+                triples |= _patterns([ids[:, 0], ids[:, 2]], np.int64, 6)
+    return Secrets(
+        {
+            "relation embedding": _patterns(list(relations), np.float16, NUM_TOGETHER),
+            "raw feature": _patterns(features, np.float16, NUM_TOGETHER),
+        },
+        {"triple": triples},
+    )
+
+
+def _global_ids(data: Any, triples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    columns = data.entity_ids[triples[:, 0]], data.relation_ids[triples[:, 1]], data.entity_ids[triples[:, 2]]
+    return np.column_stack(columns)
+
+
+def _patterns(rows: list[np.ndarray[Any, Any]], form: Any, num_together: int) -> set[bytes]:
+    """Take the first values of each row, if they are not all alike."""
+    starts = [row[:num_together].astype(form) for row in rows if len(row) >= num_together]
+    return {start.tobytes() for start in starts if len(np.unique(start)) >= 3}
+
+
+def leaks(message: Any, held: Secrets) -> list[str]:
+    """Name what a message holds that it must not."""
+    found = []
+    for path, leaf in leaves(message):
+        if isinstance(leaf, Tensor):
+            found += [f"{path} holds a {kind}" for kind in _kinds_in(leaf.detach(), held)]
+        elif isinstance(leaf, str | bytes):
+            found.append(f"{path} is a text")
+        elif leaf is not None and not isinstance(leaf, bool | int | float):
+            found.append(f"{path} is a {type(leaf).__name__}")
+    return found
+
+
+def _kinds_in(tensor: Tensor, held: Secrets) -> set[str]:
+    """Search a tensor for secrets, along each of its dimensions."""
+    if tensor.dtype == torch.bool:
+        return set()
+    orders = [tensor.movedim(dim, -1).contiguous() for dim in range(tensor.dim())]
+    halves = [order.half().numpy().tobytes() for order in orders]
+    wholes = [order.long().numpy().tobytes() for order in orders]
+    return {
+        kind
+        for contents, secret in ((halves, held.floats), (wholes, held.integers))
+        for kind, patterns in secret.items()
+        if any(pattern in content for pattern in patterns for content in contents)
+    }
+
+
+def leaves(message: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value in a message with its path."""
+    if dataclasses.is_dataclass(message):
+        # Not `fields`: what was put there without being declared is a value too.
+        for name, value in vars(message).items():
+            yield from leaves(value, f"{path}.{name}")
+    elif isinstance(message, dict):
+        for name, value in message.items():
+            yield from leaves(value, f"{path}[{name}]")
+    elif isinstance(message, list | tuple):
+        for value in message:
+            yield from leaves(value, path)
+    else:
+        yield path, message
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Record whatever the methods of a client return."""
+    kept = Recorder()
+
+    def watch(name: str) -> None:
+        original: Callable[..., Any] = getattr(Client, name)
+
+        def watched(self: Client, *args: Any, **options: Any) -> Any:
+            result = original(self, *args, **options)
+            kept.record(self, result)
+            return result
+
+        monkeypatch.setattr(Client, name, watched)
+
+    for name in ("hello", "train", "evaluate"):
+        watch(name)
+    return kept
+
+
+def test_no_message_of_a_run_holds_what_is_private(experiment: Experiment, recorder: Recorder) -> None:
+    runtime = InProcessRuntime(experiment)
+    for round_num in (1, 2, 3):
+        runtime.train(round_num, [0, 1, 2])
+        runtime.evaluate("valid", round_num, choose=True)
+    runtime.measure(3)
+    sent = [message[0] for message, _ in recorder.messages if isinstance(message, tuple)]
+    assert len(recorder.messages) == 3 + 9 + 9
+    assert all(update.tokens is not None and update.soft_queries is not None for update in sent)
+    assert recorder.leaks() == []
+
+
+def test_arrays_of_ids_name_entities_and_nothing_else(experiment: Experiment, recorder: Recorder) -> None:
+    runtime = InProcessRuntime(experiment)
+    runtime.train(1, [0, 1, 2])
+    num_modalities = len(experiment.feature_dims)
+    for message, _ in recorder.messages:
+        update = message[0] if isinstance(message, tuple) else message
+        client = runtime.clients[update.client]
+        integers = {path for path, leaf in leaves(update) if isinstance(leaf, Tensor) and not leaf.is_floating_point()}
+        assert integers <= {".entity_ids", ".soft_queries.candidates", ".token_present"}
+        assert torch.equal(update.entity_ids, update.entity_ids.unique())
+        if isinstance(update, ClientUpdate):
+            assert update.soft_queries is not None
+            assert torch.isin(update.soft_queries.candidates, client.entity_ids).all()
+            assert update.token_present is not None
+            assert update.token_present.shape == (num_modalities, len(client.entity_ids))
+            # No module has a row per relation or per triple.
+            lengths = {length for value in update.modules.values() for length in value.shape}
+            assert lengths.isdisjoint({len(client.triples)})
+            assert "relation" not in " ".join(update.modules)
+
+
+def _plant(update: ClientUpdate, **changes: Any) -> ClientUpdate:
+    return dataclasses.replace(update, **changes)
+
+
+def _undeclared(update: ClientUpdate, value: Any) -> ClientUpdate:
+    copy = dataclasses.replace(update)
+    object.__setattr__(copy, "more", value)
+    return copy
+
+
+LEAKS: dict[str, tuple[str, Callable[[Client, ClientUpdate], ClientUpdate]]] = {
+    "relation table among the modules": (
+        "relation embedding",
+        lambda client, update: _plant(update, modules=update.modules | {"gate.x": client.values.params["relation"]}),
+    ),
+    "one relation row in half precision": (
+        "relation embedding",
+        lambda client, update: _plant(
+            update, modules=update.modules | {"x": client.values.params["relation"][..., :1, :].half()}
+        ),
+    ),
+    "raw features as tokens": (
+        "raw feature",
+        lambda client, update: _plant(update, tokens=torch.from_numpy(client.data.features["text"].values)),
+    ),
+    "a raw feature row among zeros, transposed": (
+        "raw feature",
+        lambda client, update: _plant(
+            update, entity=torch.from_numpy(client.data.features["image"].values[3:4]).expand(3, -1).T.contiguous()
+        ),
+    ),
+    "triples behind the entity ids": (
+        "triple",
+        lambda client, update: _plant(update, entity_ids=torch.cat([update.entity_ids, client.triples.flatten()])),
+    ),
+    "heads as candidates, in 32 bits": (
+        "triple",
+        lambda client, update: _plant(update, entity_ids=client.triples[:, 0].int()),
+    ),
+    "a label": ("text", lambda client, update: _undeclared(update, "entity 3")),
+    "triples in a field that is not declared": ("triple", lambda client, update: _undeclared(update, client.triples)),
+    "a Python object": ("Client", lambda client, update: _undeclared(update, client)),
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_planted_leak_is_found(name: str, experiment: Experiment) -> None:
+    runtime = InProcessRuntime(experiment)
+    assert runtime.server is not None
+    client = runtime.clients[1]
+    update, _ = client.train(1, runtime.server.begin_round(1).for_entities(client.entity_ids))
+    assert update is not None
+    held = secrets(client)
+    assert leaks(update, held) == []
+    kind, plant = LEAKS[name]
+    assert any(kind in leak for leak in leaks(plant(client, update), held))
+
+
+@pytest.mark.parametrize("message", FIELDS)
+def test_only_declared_fields_are_sent(message: type) -> None:
+    assert {item.name: _readable(item.type) for item in dataclasses.fields(message)} == FIELDS[message]
+
+
+def _readable(annotation: Any) -> str:
+    """Write a type as it stands in the source."""
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
+    for prefix in (
+        "torch.",
+        "pathlib.",
+        "fedsim.federated.messages.",
+        "fedsim.federated.client.",
+        "fedsim.evaluation.consistency.",
+    ):
+        text = text.replace(prefix, "")
+    return text
+
+
+def test_the_actors_methods_let_nothing_else_out() -> None:
+    returns = {name: _readable(inspect.signature(m).return_annotation) for name, m in _methods(_ClientActor)}
+    assert returns == CLIENT_ACTOR_RETURNS
+    takes = {
+        name: [
+            _readable(parameter.annotation)
+            for parameter in inspect.signature(m).parameters.values()
+            if parameter.name != "self" and not parameter.name.startswith("_ray")  # Ray adds one of its own
+        ]
+        for name, m in _methods(_ServerActor)
+    }
+    assert takes == SERVER_ACTOR_TAKES
+
+
+def _methods(actor: type) -> list[tuple[str, Any]]:
+    return [
+        (name, method) for name, method in inspect.getmembers(actor, inspect.isfunction) if not name.startswith("_")
+    ]
+
+
+def test_metrics_are_numbers() -> None:
+    assert {item.name for item in dataclasses.fields(RankingMetrics)} == {"mrr", "hits", "num_queries"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_comes_out_of_a_client_actor_is_the_same_message(experiment: Experiment) -> None:
+    """The update between two actors is taken on its way and held to the same rule."""
+    twin = InProcessRuntime(experiment)
+    assert twin.server is not None
+    with closing(ray_runtime(experiment)) as runtime:
+        assert isinstance(runtime, RayRuntime)
+        assert runtime.server is not None
+        (broadcast,) = ray.get(runtime.server.begin_round.remote(1))
+        for held in runtime.pool:
+            number = held.clients[0]
+            pair: Any = held.actor.train.remote(number, 1, broadcast)
+            update, report = ray.get(list(pair))
+            client = twin.clients[number]
+            expected, _ = client.train(1, twin.server.begin_round(1).for_entities(client.entity_ids))
+            assert type(update) is ClientUpdate
+            assert type(report) is ClientReport
+            assert leaks(update, secrets(client)) == leaks(report, secrets(client)) == []
+            for (path, value), (other, wanted) in zip(leaves(update), leaves(expected), strict=True):
+                assert path == other
+                assert torch.equal(value, wanted) if isinstance(value, Tensor) else value == wanted
