@@ -5,10 +5,12 @@ made of the entity without it. Beside it stand the mean of the available tokens,
 other tokens, fitted on the client's visible data alone.
 """
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
 from sklearn.neural_network import MLPRegressor
 from torch import Tensor
@@ -107,5 +109,14 @@ def _ridge(inputs: Tensor, true: Tensor, hidden: Tensor) -> Tensor:
 def _mlp(inputs: Tensor, true: Tensor, hidden: Tensor, seed: int) -> Tensor:
     """Fit a one-layer MLP regression with early stopping on the visible rows; estimate the hidden ones."""
     x, y, mask = inputs.cpu().numpy(), true.cpu().numpy(), hidden.cpu().numpy()
-    model = MLPRegressor((256,), alpha=1e-2, early_stopping=True, max_iter=100, random_state=seed % 2**32)
-    return torch.from_numpy(model.fit(x[~mask], y[~mask]).predict(x[mask])).to(true)
+    model = MLPRegressor(
+        hidden_layer_sizes=(256,),
+        alpha=1e-2,
+        early_stopping=bool((~mask).sum() >= 20),  # a tenth is held out; of fewer rows it would be one
+        max_iter=100,
+        random_state=seed % 2**32,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are its budget
+        model.fit(x[~mask], y[~mask])
+    return torch.from_numpy(model.predict(x[mask])).to(true)
