@@ -123,8 +123,9 @@ def _died(call: Call[Any], err: RayActorError) -> str:
         return f"{call.who} (actor {call.actor}) did not start: {str(err).strip().splitlines()[-1].strip()}"
     # Ray's text: a sentence, indented fields, then sentences on the cause.
     lines = [line.strip() for line in str(err).splitlines()[1:] if line.strip() and not line.startswith("\t")]
-    cause = " ".join(lines) or str(err).strip()
-    return f"{call.who} (actor {call.actor}) died, {call.what}; cause: {cause} {GO_ON}"
+    cause = (" ".join(lines) or str(err).strip()).partition(" Some common causes")[0].rstrip(". ")
+    memory = "if the system ran out of memory, take fewer actors by runtime.placement pooled and runtime.num_actors"
+    return f"{call.who} (actor {call.actor}) died, {call.what}; cause: {cause}; {memory}; {GO_ON}"
 
 
 def _too_late(call: Call[Any], timeout_seconds: float) -> str:
