@@ -36,6 +36,11 @@ def server_file(folder: Path) -> Path:
     return folder / "server.safetensors"
 
 
+def checkpoint_folder(checkpoints: Path, round_num: int) -> Path:
+    """Return where the checkpoint of a round stands."""
+    return checkpoints / f"round-{round_num:05d}"
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors, flushed to disk.
 
@@ -80,7 +85,7 @@ def write_checkpoint(checkpoints: Path, round_num: int, progress: dict[str, Any]
     Returns:
         The checkpoint's folder.
     """
-    final = checkpoints / f"round-{round_num:05d}"
+    final = checkpoint_folder(checkpoints, round_num)
     temporary = checkpoints / f".{final.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)

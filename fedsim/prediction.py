@@ -104,7 +104,7 @@ def _best_models(run: RunFolder) -> tuple[Path, int]:
     best_round = manifest["progress"]["best_round"]
     if best_round is None or best_round == manifest["round"]:
         return newest, int(manifest["round"])
-    best = run.checkpoints / f"round-{best_round:05d}"
+    best = run.checkpoint(best_round)
     read_manifest(best)
     return best, int(best_round)
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedsim.checkpoint import replace_text, write_failure
+from fedsim.checkpoint import checkpoint_folder, replace_text, write_failure
 from fedsim.config import Config, dump_config, load_config
 from fedsim.errors import RunError
 
@@ -65,6 +65,10 @@ class RunFolder:
         if not (folder.path / "config.yaml").is_file():
             raise RunError(f"{path} is not a run folder (it has no config.yaml); give the folder of a `fedsim run`")
         return folder, load_config(folder.path / "config.yaml")
+
+    def checkpoint(self, round_num: int) -> Path:
+        """Return where a round's checkpoint stands."""
+        return checkpoint_folder(self.checkpoints, round_num)
 
     def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to metrics.jsonl."""

@@ -94,6 +94,9 @@ def resume(
     if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
         checkpoint, manifest = newest_checkpoint(folder.checkpoints)
         progress = Progress(**manifest["progress"])
+        if progress.best_round is not None and folder.checkpoint(progress.best_round).is_dir():
+            # One that is not there was pruned after a better round, which is about to be done again.
+            _verify_best(folder.checkpoint(progress.best_round))
     folder.rewind_metrics(progress.round_num)
     experiment = prepare(config)
     with closing(runtime_factory(experiment)) as runtime:
@@ -109,6 +112,8 @@ def evaluate(
     folder, config = RunFolder.open(path)
     checkpoint, manifest = newest_checkpoint(folder.checkpoints)
     progress = Progress(**manifest["progress"])
+    if progress.best_round is None:
+        raise RunError(f"{path} has not been validated yet; finish it with `fedsim resume {path}`")
     experiment = prepare(config)
     with closing(runtime_factory(experiment)) as runtime:
         return _finish(runtime, folder, progress, checkpoint)
@@ -192,9 +197,9 @@ def _finish(runtime: Runtime, folder: RunFolder, progress: Progress, newest: Pat
     best_round = progress.best_round
     assert best_round is not None, "the last round is validated"
     assert progress.best_mrr is not None, "a best round has a metric"
-    best = folder.checkpoints / f"round-{best_round:05d}"
+    best = folder.checkpoint(best_round)
     if best != newest:
-        read_manifest(best)
+        _verify_best(best)
     runtime.load(best)
     tests = runtime.evaluate("test", best_round, choose=False)
     valids = {item.client: item for item in runtime.evaluate("valid", best_round, choose=False)}
@@ -215,6 +220,14 @@ def _finish(runtime: Runtime, folder: RunFolder, progress: Progress, newest: Pat
         imputation=_imputation_table(measured),
         consistency=measured.consistency,
     )
+
+
+def _verify_best(best: Path) -> None:
+    """Check the checkpoint of the best round, of which there is no other copy."""
+    try:
+        read_manifest(best)
+    except RunError as err:
+        raise RunError(f"{err}; the run's best models are lost: start it anew with `fedsim run`") from err
 
 
 def _imputation_table(measured: Measurements) -> dict[str, dict[str, float]]:
