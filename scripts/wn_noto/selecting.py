@@ -8,7 +8,8 @@ from wn_noto.wordnet import Synset, WordNet
 Triple = tuple[str, str, str]
 
 NUM_ENTITIES = 3400  # aim; the 2-core then drops a few
-MAX_UNPICTURED_INSTANCES = 200  # named cities, rivers and groups are dense in WordNet and would crowd out the rest
+MAX_UNPICTURED_INSTANCES = 120  # named cities, rivers and groups are dense in WordNet and would crowd out the rest
+HUB_DISCOUNT = 0.35  # a link to a hub, such as a large country, says little
 MAX_PATH = 4.5
 # A path through a rarer relation is preferred, so that many relations carry triples.
 RARE = ("similar", "antonym", "attribute", "also_see", "verb_group", "entailment", "cause", "pertainym")
@@ -104,9 +105,10 @@ def _fill(
     queue: list[tuple[float, str]] = []
 
     def count(added: str) -> None:
+        worth = (1.5 if added in pictured else 1.0) / len(graph[added]) ** HUB_DISCOUNT
         for other, cost in graph[added].items():
             if other in allowed and other not in members:
-                score[other] += (1.5 if added in pictured else 1.0) / cost
+                score[other] += worth / cost
                 heapq.heappush(queue, (-score[other], other))
 
     for member in sorted(members):
