@@ -5,6 +5,7 @@ Commands import what they need when they run: `fedsim --help` loads neither torc
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import sys
@@ -45,16 +46,28 @@ class _StderrHandler(logging.Handler):
         click.echo(f"{record.levelname.lower()}: {self.format(record)}", err=True)
 
 
+class _RunLog(logging.FileHandler):
+    """A run's log file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "run.log", encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exc_info()[1], OSError):  # a full disk is told by the file that the run needs
+            super().handleError(record)
+
+
 class _LoggedObserver(ConsoleObserver):
     """The console, and the run's log file as soon as there is a run folder."""
 
     folder: Path | None = None
+    log: _RunLog | None = None
 
     def run_started(self, info: RunInfo) -> None:
         self.folder = info.folder
-        handler = logging.FileHandler(info.folder / "run.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger().addHandler(handler)
+        self.log = _RunLog(info.folder)
+        logging.getLogger().addHandler(self.log)
         logger.info("starting with round %d of %d; %s", info.start_round, info.num_rounds, "; ".join(info.placement))
         super().run_started(info)
 
@@ -67,6 +80,14 @@ class _LoggedObserver(ConsoleObserver):
     def message(self, text: str) -> None:
         logger.info(text)
         super().message(text)
+
+    def close(self) -> None:
+        super().close()
+        if self.log is not None:
+            logging.getLogger().removeHandler(self.log)
+            with contextlib.suppress(OSError):  # the last lines, on a full disk
+                self.log.close()
+            self.log = None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

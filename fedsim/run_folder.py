@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedsim.checkpoint import checkpoint_folder, replace_text, write_failure
+from fedsim.checkpoint import checkpoint_folder, replace_text, write_failure, write_text
 from fedsim.config import Config, dump_config, load_config
 from fedsim.errors import RunError
 
@@ -49,9 +49,16 @@ class RunFolder:
             ) from err
         except OSError as err:
             raise RunError(f"run folder {name} cannot be made: {err.strerror}; give another --output") from err
-        replace_text(folder.path / "config.yaml", dump_config(config))
-        replace_text(folder.path / "versions.json", json.dumps(versions(), indent=1) + "\n")
-        replace_text(folder.metrics_file, "")
+        try:
+            write_text(folder.path / "config.yaml", dump_config(config))
+            write_text(folder.path / "versions.json", json.dumps(versions(), indent=1) + "\n")
+            write_text(folder.metrics_file, "")
+        except OSError as err:
+            shutil.rmtree(folder.path, ignore_errors=True)  # without a config it could not be resumed
+            raise RunError(
+                f"run folder {name} cannot be written: {err.strerror}; nothing was kept; free some space, or give "
+                f"another --output"
+            ) from err
         return folder
 
     @classmethod

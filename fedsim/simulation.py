@@ -175,18 +175,9 @@ def run_rounds(
 
 
 def sample_cohort(config: Config, clients: Sequence[int], round_num: int) -> list[int]:
-    """Sample the clients of a round, sorted; a pure function of (seed, round).
-
-    Raises:
-        RunError: if more clients are asked for than there are.
-    """
+    """Sample the clients of a round, sorted; a pure function of (seed, round)."""
     federation = config.federation
-    size = federation.cohort_size or max(1, round(federation.cohort_fraction * len(clients)))
-    if size > len(clients):
-        raise RunError(
-            f"config field 'federation.cohort_size' = {size}, but there are {len(clients)} clients; "
-            f"give at most {len(clients)}"
-        )
+    size = min(federation.cohort_size or max(1, round(federation.cohort_fraction * len(clients))), len(clients))
     picked = numpy_generator(config.seed, "cohort", round_num=round_num).choice(len(clients), size, replace=False)
     return sorted(clients[int(index)] for index in picked)
 

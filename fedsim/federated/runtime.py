@@ -13,6 +13,7 @@ from fedsim.checkpoint import client_file, load_tensors, save_tensors, server_fi
 from fedsim.config import Config
 from fedsim.data.clients import ClientData, build_clients, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
+from fedsim.errors import ConfigError
 from fedsim.evaluation.consistency import TokenSample, sample_tokens, semantic_consistency, shared_entities
 from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated import STRATEGIES, Strategy
@@ -108,6 +109,12 @@ def prepare(config: Config) -> Experiment:
     strategy = make_strategy(config)
     graph = load_dataset(resolve_dataset(config.data.path))
     split = load_federated_split(graph, config)
+    size = config.federation.cohort_size
+    if size is not None and size > split.num_clients:
+        raise ConfigError(
+            f"config field 'federation.cohort_size' = {size}, but there are {split.num_clients} clients; "
+            f"give at most {split.num_clients}"
+        )
     clients = build_clients(graph, split, config, together=strategy.together)
     feature_dims = {name: item.values.shape[1] for name, item in clients[0].features.items()}
     return Experiment(config, graph.name, graph.num_entities, feature_dims, clients, split.num_moved)
