@@ -134,10 +134,6 @@ def _client_features(
     present = np.isin(features.entity, entity_ids)
     rows = np.searchsorted(entity_ids, features.entity[present])
     values = np.asarray(features.values[present], dtype=np.float32)
-    if data.feature_noise > 0 and len(values):
-        generator = numpy_generator(config.data_seed, f"feature_noise/{name}", client=client)
-        scale = data.feature_noise * float(np.sqrt(np.mean(np.square(values))))
-        values = values + scale * generator.standard_normal(values.shape).astype(np.float32)
     available = np.zeros(len(entity_ids), dtype=np.bool_)
     available[rows] = True
     rate = data.missing_rate if isinstance(data.missing_rate, float | int) else data.missing_rate.get(name, 0.0)
@@ -150,6 +146,10 @@ def _client_features(
         pattern=data.missing_pattern,
         seed=config.data_seed,
     )
+    if data.feature_noise > 0 and visible[rows].any():
+        generator = numpy_generator(config.data_seed, f"feature_noise/{name}", client=client)
+        size = float(np.sqrt(np.mean(np.square(values[visible[rows]]))))  # hidden features decide nothing
+        values = values + data.feature_noise * size * generator.standard_normal(values.shape).astype(np.float32)
     return ClientFeatures(rows, values, visible[rows])
 
 

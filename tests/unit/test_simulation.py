@@ -162,7 +162,8 @@ def test_two_runs_of_one_config_are_equal_and_another_seed_is_not(data: Path) ->
 
 def test_hidden_features_touch_nothing_but_the_imputation_metrics(data: Path) -> None:
     """Whatever the hidden values are, models, ranks and messages have the same bits."""
-    seen = simulation.run(_config(data, "seen"))
+    noisy = {"data.feature_noise": 0.3}
+    seen = simulation.run(_config(data, "seen", **noisy))
     graph = tiny_graph()
     experiment = small_experiment(graph=graph)
     features = {}
@@ -178,7 +179,7 @@ def test_hidden_features_touch_nothing_but_the_imputation_metrics(data: Path) ->
         features[name] = Features(values, item.entity)
     changed = KnowledgeGraph(**{**vars(graph), "features": features})
     save_dataset(changed, data.parent / "changed")
-    other = simulation.run(_config(data.parent / "changed", "other"))
+    other = simulation.run(_config(data.parent / "changed", "other", **noisy))
     assert _same_models(seen.folder, other.folder)
     one, two = _outcome(seen), _outcome(other)
     assert one.pop("imputation") != two.pop("imputation")
