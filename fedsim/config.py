@@ -98,7 +98,10 @@ class TrainingConfig(Section):
     batch_size: Count = Field(256, description="triples per step")
     local_epochs: Count = Field(3, description="epochs per round")
     optimizer: Literal["adam", "adagrad"] = Field("adam", description="optimiser of all parameters")
-    learning_rate: Positive = Field(0.01, description="learning rate")
+    learning_rate: Positive = Field(0.01, description="learning rate of the embedding tables")
+    module_learning_rate: Positive | None = Field(
+        0.002, description="learning rate of projections, fusion and imputer; null takes learning_rate"
+    )
     reset_optimizer: Literal["never", "global", "always"] = Field(
         "never", description="whose optimiser state starts anew each round: nobody's, the global copy's, everybody's"
     )

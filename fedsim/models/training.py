@@ -139,8 +139,17 @@ def train_step(
     found = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
     with torch.no_grad():
         config = model.config.training
-        OPTIMIZERS[config.optimizer](values.params, found, values.optimizer, config.learning_rate)
+        update = OPTIMIZERS[config.optimizer]
+        tables = {name: grad for name, grad in found.items() if is_table(name)}
+        modules = {name: grad for name, grad in found.items() if not is_table(name)}
+        update(values.params, tables, values.optimizer, config.learning_rate)
+        update(values.params, modules, values.optimizer, config.module_learning_rate or config.learning_rate)
     return losses
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter is an embedding table; the others are weights of shared modules."""
+    return name == "relation" or name.endswith("/entity")
 
 
 def forward_view(
