@@ -32,6 +32,16 @@ class RunFolder:
         self.models = self.path / "models"
         self.result_file = self.path / "result.json"
 
+    @staticmethod
+    def refuse_existing(config: Config) -> None:
+        """Refuse a run folder that exists, before anything costly is started.
+
+        Raises:
+            RunError: if the config names a folder that exists.
+        """
+        if config.output is not None and Path(config.output).exists():
+            raise RunError(_exists(config.output))
+
     @classmethod
     def create(cls, config: Config) -> "RunFolder":
         """Make the folder of a new run and write what is known at its start.
@@ -44,9 +54,7 @@ class RunFolder:
         try:
             folder.path.mkdir(parents=True)
         except FileExistsError as err:
-            raise RunError(
-                f"run folder {name} exists; continue it with `fedsim resume {name}`, or give another --output"
-            ) from err
+            raise RunError(_exists(name)) from err
         except OSError as err:
             raise RunError(f"run folder {name} cannot be made: {err.strerror}; give another --output") from err
         try:
@@ -112,6 +120,10 @@ class RunFolder:
             raise RunError(write_failure(self.models, str(err.strerror or err), err.errno)) from err
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exists(name: str) -> str:
+    return f"run folder {name} exists; continue it with `fedsim resume {name}`, or give another --output"
 
 
 def default_output(config: Config) -> str:

@@ -73,6 +73,7 @@ def run(
     Raises:
         FedSimError: for everything that a user can mend.
     """
+    RunFolder.refuse_existing(config)
     experiment = prepare(config)
     with closing(runtime_factory(experiment)) as runtime:
         folder = RunFolder.create(config)  # not before the runtime stands: a start that fails leaves nothing behind

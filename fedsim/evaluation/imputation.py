@@ -5,31 +5,31 @@ made of the entity without it. Beside it stand the mean of the available tokens,
 other tokens, fitted on the client's visible data alone.
 """
 
-import warnings
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import Ridge
-from sklearn.neural_network import MLPRegressor
 from torch import Tensor
 
-from fedsim.randomness import derive_seed
+from fedsim.models.optimizers import adam
+from fedsim.models.parameters import Params, linear, linear_init
+from fedsim.randomness import torch_generator
 
 if TYPE_CHECKING:
     from fedsim.federated.client import Client
 
+HELD_OUT = 5  # every fifth visible row chooses the ridge's strength and stops the MLP
+MLP_HIDDEN, MLP_STEPS, MLP_LEARNING_RATE = 256, 100, 0.003
 RIDGE_ALPHAS = (10.0, 100.0, 1000.0)
 
 
-def measure_imputation(client: "Client", round_num: int, *, with_mlp: bool = False) -> dict[str, float]:
+def measure_imputation(client: "Client", round_num: int) -> dict[str, float]:
     """Measure one client's imputed tokens of each modality, under the view that it would federate (or its only one).
 
     Args:
         client: the client; its hidden features are read here and nowhere else.
         round_num: seeds the imputer's draws.
-        with_mlp: fit the MLP regression too (slow).
 
     Returns:
         ``<modality>/<imputer>/cosine`` and ``<modality>/<imputer>/hits_at_10``: mean cosine with the true token, and
@@ -54,9 +54,8 @@ def measure_imputation(client: "Client", round_num: int, *, with_mlp: bool = Fal
             "mean": true[~hidden].mean(0, keepdim=True).expand(int(hidden.sum()), -1),
             "ridge": _ridge(others[rows], true, hidden),
         }
-        if with_mlp:
-            seed = derive_seed(client.config.seed, f"mlp/{name}", round_num=round_num, client=client.data.client)
-            estimates["mlp"] = _mlp(others[rows], true, hidden, seed)
+        generator = torch_generator(client.config.seed, f"mlp/{name}", round_num=round_num, client=client.data.client)
+        estimates["mlp"] = _mlp(others[rows], true, hidden, generator)
         for imputer, estimate in estimates.items():
             cosine, hits = token_quality(estimate, true, hidden)
             results[f"{name}/{imputer}/cosine"] = cosine
@@ -93,30 +92,49 @@ def _regressors(tokens: Tensor, available: Tensor, index: int) -> Tensor:
 
 def _ridge(inputs: Tensor, true: Tensor, hidden: Tensor) -> Tensor:
     """Fit ridge regression on the visible rows, its strength chosen on a fifth of them; estimate the hidden ones."""
-    x, y, mask = inputs.cpu().numpy(), true.cpu().numpy(), hidden.cpu().numpy()
-    seen_x, seen_y = x[~mask], y[~mask]
-    held = np.arange(len(seen_x)) % 5 == 0
+    seen_x, seen_y = inputs[~hidden].double(), true[~hidden].double()
+    held = torch.arange(len(seen_x), device=seen_x.device) % HELD_OUT == 0
     best = RIDGE_ALPHAS[-1]
-    if 0 < held.sum() < len(seen_x):
-        errors = []
-        for alpha in RIDGE_ALPHAS:
-            model = Ridge(alpha=alpha).fit(seen_x[~held], seen_y[~held])
-            errors.append(float(np.square(model.predict(seen_x[held]) - seen_y[held]).mean()))
-        best = RIDGE_ALPHAS[int(np.argmin(errors))]
-    return torch.from_numpy(Ridge(alpha=best).fit(seen_x, seen_y).predict(x[mask])).to(true)
+    if 0 < int(held.sum()) < len(seen_x):
+        errors = [
+            float((_ridge_fit(seen_x[~held], seen_y[~held], alpha)(seen_x[held]) - seen_y[held]).square().mean())
+            for alpha in RIDGE_ALPHAS
+        ]
+        best = RIDGE_ALPHAS[errors.index(min(errors))]
+    return _ridge_fit(seen_x, seen_y, best)(inputs[hidden].double()).to(true)
 
 
-def _mlp(inputs: Tensor, true: Tensor, hidden: Tensor, seed: int) -> Tensor:
-    """Fit a one-layer MLP regression with early stopping on the visible rows; estimate the hidden ones."""
-    x, y, mask = inputs.cpu().numpy(), true.cpu().numpy(), hidden.cpu().numpy()
-    model = MLPRegressor(
-        hidden_layer_sizes=(256,),
-        alpha=1e-2,
-        early_stopping=bool((~mask).sum() >= 20),  # a tenth is held out; of fewer rows it would be one
-        max_iter=100,
-        random_state=seed % 2**32,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are its budget
-        model.fit(x[~mask], y[~mask])
-    return torch.from_numpy(model.predict(x[mask])).to(true)
+def _ridge_fit(inputs: Tensor, goal: Tensor, alpha: float) -> Callable[[Tensor], Tensor]:
+    """Solve ridge regression with an intercept; inputs [num_rows, features], goal [num_rows, dim]."""
+    mean_x, mean_y = inputs.mean(0), goal.mean(0)
+    centred = inputs - mean_x
+    gram = centred.T @ centred + alpha * torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
+    weight = torch.linalg.solve(gram, centred.T @ (goal - mean_y))
+    return lambda x: (x - mean_x) @ weight + mean_y
+
+
+def _mlp(inputs: Tensor, true: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Fit an MLP with one hidden layer, stopped at the lowest error on a fifth of the visible rows."""
+    seen_x, seen_y = inputs[~hidden], true[~hidden]
+    held = torch.arange(len(seen_x), device=seen_x.device) % HELD_OUT == 0
+    if not 0 < int(held.sum()) < len(seen_x):
+        held = torch.zeros_like(held)
+    params = linear_init("in", inputs.shape[1], MLP_HIDDEN, generator)
+    params |= linear_init("out", MLP_HIDDEN, true.shape[1], generator, scale=0.1)
+    params = {name: value.to(inputs) for name, value in params.items()}
+    state: Params = {}
+    best, lowest = torch.zeros_like(true[hidden]), math.inf
+    for _ in range(MLP_STEPS):
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        error = (_mlp_forward(leaves, seen_x[~held]) - seen_y[~held]).square().mean()
+        grads = torch.autograd.grad(error, list(leaves.values()))
+        adam(params, dict(zip(leaves, grads, strict=True)), state, MLP_LEARNING_RATE)
+        judged = held if bool(held.any()) else ~held
+        missed = float((_mlp_forward(params, seen_x[judged]) - seen_y[judged]).square().mean())
+        if missed < lowest:
+            best, lowest = _mlp_forward(params, inputs[hidden]), missed
+    return best
+
+
+def _mlp_forward(params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    return linear(params, "out", torch.relu(linear(params, "in", inputs)))

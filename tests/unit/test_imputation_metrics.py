@@ -40,7 +40,7 @@ def _trained(**overrides: object) -> Client:
 
 def test_every_modality_and_imputer_is_measured() -> None:
     client = _trained()
-    found = measure_imputation(client, 1, with_mlp=True)
+    found = measure_imputation(client, 1)
     expected = {
         f"{modality}/{imputer}/{metric}"
         for modality in ("text", "image")
@@ -55,7 +55,9 @@ def test_ridge_sees_what_is_linear_and_the_mean_does_not() -> None:
     """Image features are a linear function of the text's here, so regression must beat the mean."""
     found = measure_imputation(_trained(**{"data.missing_rate": {"image": 0.3}}), 1)
     assert set(found) == {
-        f"image/{imputer}/{metric}" for imputer in ("diffusion", "mean", "ridge") for metric in ("cosine", "hits_at_10")
+        f"image/{imputer}/{metric}"
+        for imputer in ("diffusion", "mean", "ridge", "mlp")
+        for metric in ("cosine", "hits_at_10")
     }
     assert found["image/ridge/cosine"] > found["image/mean/cosine"] + 0.1
 
@@ -73,6 +75,6 @@ def test_few_visible_rows_are_enough(num_visible: int) -> None:
     visible = np.zeros(len(item.rows), dtype=bool)
     visible[:num_visible] = True
     client.data.features["text"] = replace(item, visible=visible)
-    found = measure_imputation(client, 1, with_mlp=True)
+    found = measure_imputation(client, 1)
     assert set(found) >= {"text/mean/cosine", "text/ridge/cosine", "text/mlp/cosine"}
     assert all(np.isfinite(value) for value in found.values())
