@@ -98,11 +98,12 @@ def train_epochs(
     sums: dict[str, Tensor] = {}
     num_steps = 0
     for _ in range(config.local_epochs):
-        imputations = {view: impute_view(model, values, view, inputs, noise[view]) for view in views}
+        hidden = {view: hide_tokens(model, values.params[f"{view}/entity"], noise[view]) for view in views}
+        imputations = {view: impute_view(model, values, view, inputs, noise[view], hidden[view]) for view in views}
         permutation = torch.randperm(len(inputs.triples), generator=order)
         for rows in permutation.split(config.batch_size):
             batch = inputs.triples[rows.to(inputs.triples.device)]
-            losses = train_step(model, views, values, inputs, batch, imputations, coupling, noise, order)
+            losses = train_step(model, views, values, inputs, batch, hidden, imputations, coupling, noise, order)
             num_steps += 1
             update_ema(values, model.config.diffusion.ema_decay, num_steps)
             for name, loss in losses.items():
@@ -117,6 +118,7 @@ def train_step(
     values: ClientValues,
     inputs: TrainingInput,
     batch: Tensor,
+    hidden: Mapping[str, Tensor | None],
     imputations: Mapping[str, Imputation | None],
     coupling: Coupling,
     noise: Mapping[str, torch.Generator],
@@ -126,7 +128,7 @@ def train_step(
     leaves = {name: value.detach().requires_grad_() for name, value in values.params.items()}
     candidates = _sample_candidates(model, batch, leaves, views, order)
     forwards = {
-        view: forward_view(model, leaves, view, inputs, batch, imputations[view], candidates, noise[view])
+        view: forward_view(model, leaves, view, inputs, batch, hidden[view], imputations[view], candidates, noise[view])
         for view in views
     }
     losses = {f"{view}/{name}": loss for view in views for name, loss in forwards[view].losses.items()}
@@ -158,6 +160,7 @@ def forward_view(
     view: str,
     inputs: TrainingInput,
     batch: Tensor,
+    hidden: Tensor | None,
     imputation: Imputation | None,
     candidates: Tensor | None,
     generator: torch.Generator,
@@ -166,13 +169,14 @@ def forward_view(
     config = model.config
     own, relations = select_view(params, view), params["relation"]
     tokens = model.tokens(own, inputs.features, inputs.prototypes)
+    seen = tokens.without(hidden)
     losses: dict[str, Tensor] = {}
     rows = row_values = None
     if imputation is not None:
-        step = model.imputer.training_step(own, tokens, imputation, generator)
+        step = model.imputer.training_step(own, tokens, seen, imputation, generator)
         losses |= step.losses
         rows, row_values = step.rows, step.values
-    embeddings = model.embed(own, tokens, imputation, rows, row_values)
+    embeddings = model.embed(own, seen, imputation, rows, row_values)
     queries, target = _queries(model, embeddings, relations, batch)
     if config.model.dropout > 0:
         keep = torch.rand(queries.shape, generator=generator).to(queries.device) >= config.model.dropout
@@ -204,15 +208,30 @@ def _n3(model: ClientModel, embeddings: Tensor, relations: Tensor, batch: Tensor
     return torch.stack(penalties).mean()
 
 
+def hide_tokens(model: ClientModel, entity: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Choose modality tokens that an epoch hides, bool [num_tokens, num_entities]; None if the imputer wants none."""
+    if not model.imputes or model.imputer.hide_rate == 0:
+        return None
+    hidden = torch.rand(model.num_tokens, len(entity), generator=generator) < model.imputer.hide_rate
+    hidden[0] = False
+    return hidden.to(entity.device)
+
+
 def impute_view(
-    model: ClientModel, values: ClientValues, view: str, inputs: TrainingInput, generator: torch.Generator
+    model: ClientModel,
+    values: ClientValues,
+    view: str,
+    inputs: TrainingInput,
+    generator: torch.Generator,
+    hidden: Tensor | None = None,
 ) -> Imputation | None:
     """Fill a view's missing tokens with its moving-average imputer, without gradient; None without modalities."""
     if not model.imputes:
         return None
     with torch.no_grad():
         own = select_view(values.params, view) | select_view(values.ema, view)
-        return model.imputer.impute(own, model.tokens(own, inputs.features, inputs.prototypes), generator)
+        tokens = model.tokens(own, inputs.features, inputs.prototypes).without(hidden)
+        return model.imputer.impute(own, tokens, generator)
 
 
 def update_ema(values: ClientValues, decay: float, num_steps: int) -> None:

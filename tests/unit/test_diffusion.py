@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedsim.models.client_model import ClientModel
 from fedsim.models.imputers import Imputation, TokenTable, diffusion
 from fedsim.models.imputers.denoiser import Condition, step_modulation
 from fedsim.models.imputers.diffusion import DiffusionImputer, random_condition
 from fedsim.models.imputers.mean import MeanImputer
 from fedsim.models.optimizers import adam
 from fedsim.models.parameters import Params, layer_norm
+from fedsim.models.training import hide_tokens
 
 NUM_TOKENS = 3
 AVAILABLE = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1]]).bool()
@@ -83,13 +85,31 @@ def test_the_denoiser_learns_on_tokens_that_it_does_not_move() -> None:
     params = imputer.init(generator())
     tokens = token_table(AVAILABLE)
     values = tokens.values.clone().requires_grad_()
-    step = imputer.training_step(
-        params, replace(tokens, values=values), Imputation(values.detach(), torch.zeros(NUM_TOKENS, 6)), generator()
-    )
+    table = replace(tokens, values=values)
+    made = Imputation(values.detach(), torch.zeros(NUM_TOKENS, 6))
+    step = imputer.training_step(params, table, table, made, generator())
     assert "diffusion" in step.losses
     assert not step.losses["diffusion"].requires_grad, "no leaf is left once the tokens are detached"
     assert step.values is not None
     assert not step.values.requires_grad
+
+
+def test_tokens_hidden_for_an_epoch_are_imputed_but_stay_targets() -> None:
+    """What an epoch hides is filled like a missing token; structure is never hidden; L_diff still sees all tokens."""
+    tokens = token_table(AVAILABLE)
+    model = ClientModel(small_config({"diffusion.hide_rate": 0.5}), {"image": 8, "text": 12})
+    hidden = hide_tokens(model, torch.zeros(6, 8), generator(3))
+    assert hidden is not None
+    assert not hidden[0].any()
+    assert 0 < int(hidden.sum()) < hidden[1:].numel()
+    seen = tokens.without(hidden)
+    assert torch.equal(seen.available, AVAILABLE & ~hidden)
+    made = model.imputer.impute(model.imputer.init(generator()), seen, generator())
+    assert bool((made.values[~seen.available].abs().sum(-1) > 0).all())
+    assert (
+        hide_tokens(ClientModel(small_config({"model.imputer": "zero"}), {"text": 12}), torch.zeros(6, 8), generator())
+        is None
+    )
 
 
 def test_min_snr_weights_by_hand() -> None:
@@ -212,7 +232,7 @@ def test_prototypes_pull_the_one_step_estimate() -> None:
         )
         leaves = {name: value.requires_grad_() for name, value in imputer.init(generator()).items()}
         made = imputer.impute(leaves, table, generator())
-        step = imputer.training_step(leaves, table, made, generator())
+        step = imputer.training_step(leaves, table, table, made, generator())
         assert ("prototype" in step.losses) == expected
         assert step.values is not None
         assert step.values.requires_grad

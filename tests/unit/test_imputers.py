@@ -35,7 +35,7 @@ def _check(name: str, tokens: TokenTable) -> None:
     assert bool((made.uncertainty >= 0).all())
     assert torch.equal(made.uncertainty[tokens.available], torch.zeros(int(tokens.available.sum())))
 
-    step = imputer.training_step(leaves, tokens, made, generator(2))
+    step = imputer.training_step(leaves, tokens, tokens, made, generator(2))
     assert (step.rows is None) == (step.values is None)
     terms = list(step.losses.values())
     if step.rows is not None and step.values is not None:

@@ -28,6 +28,12 @@ class TokenTable:
     prototypes: Tensor
     has_prototype: Tensor
 
+    def without(self, hidden: Tensor | None) -> "TokenTable":
+        """Hide some more tokens: bool [num_tokens, num_entities]."""
+        if hidden is None:
+            return self
+        return TokenTable(self.values, self.available & ~hidden, self.prototypes, self.has_prototype)
+
     def detached(self) -> "TokenTable":
         """Cut the gradient: the imputer learns on tokens that it does not move."""
         return TokenTable(self.values.detach(), self.available, self.prototypes, self.has_prototype)
@@ -62,7 +68,14 @@ class ImputerStep:
 
 
 class Imputer(Protocol):
-    """Fills missing tokens. All parameters it has are shared modules, named ``imputer.*``."""
+    """Fills missing tokens. All parameters it has are shared modules, named ``imputer.*``.
+
+    Attributes:
+        hide_rate: share of the available modality tokens that training hides, anew each epoch, so that the other
+            parts meet imputed tokens of entities whose true ones also shape the model.
+    """
+
+    hide_rate: float
 
     def __init__(self, config: Config, num_tokens: int) -> None:
         """Keep what the functions need; no parameters are held here."""
@@ -77,14 +90,29 @@ class Imputer(Protocol):
         ...
 
     def training_step(
-        self, params: Mapping[str, Tensor], tokens: TokenTable, imputation: Imputation, generator: torch.Generator
+        self,
+        params: Mapping[str, Tensor],
+        tokens: TokenTable,
+        seen: TokenTable,
+        imputation: Imputation,
+        generator: torch.Generator,
     ) -> ImputerStep:
-        """Give this step's loss terms, and imputed tokens with gradient if the imputer learns from links."""
+        """Give this step's loss terms, and imputed tokens with gradient if the imputer learns from links.
+
+        Args:
+            params: the view's parameters.
+            tokens: all that the client has.
+            seen: without what this epoch hides; `imputation` fills these.
+            imputation: of this epoch.
+            generator: of this view and round.
+        """
         ...
 
 
 class FixedImputer:
     """An imputer without parameters and without loss terms."""
+
+    hide_rate = 0.0
 
     def __init__(self, config: Config, num_tokens: int) -> None:
         """Keep nothing."""
@@ -94,7 +122,12 @@ class FixedImputer:
         return {}
 
     def training_step(
-        self, params: Mapping[str, Tensor], tokens: TokenTable, imputation: Imputation, generator: torch.Generator
+        self,
+        params: Mapping[str, Tensor],
+        tokens: TokenTable,
+        seen: TokenTable,
+        imputation: Imputation,
+        generator: torch.Generator,
     ) -> ImputerStep:
         """Add nothing."""
         return ImputerStep()

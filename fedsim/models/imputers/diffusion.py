@@ -32,6 +32,7 @@ class DiffusionImputer:
         """Keep the settings and the noise schedule."""
         self.config = config.diffusion
         self.dim = config.model.dim
+        self.hide_rate = self.config.hide_rate
         self.prototype_weight = config.distillation.prototype
         self.num_tokens = num_tokens
         self.levels = signal_levels(self.config.schedule, self.config.steps)  # [steps + 1]
@@ -79,7 +80,12 @@ class DiffusionImputer:
         return clean.view(num_tokens, num_draws, batch, dim).transpose(0, 1)
 
     def training_step(
-        self, params: Mapping[str, Tensor], tokens: TokenTable, imputation: Imputation, generator: torch.Generator
+        self,
+        params: Mapping[str, Tensor],
+        tokens: TokenTable,
+        seen: TokenTable,
+        imputation: Imputation,
+        generator: torch.Generator,
     ) -> ImputerStep:
         """Give L_diff (eq. 6), one-step estimates for some missing tokens, and their pull to prototypes (eq. 10)."""
         detached = tokens.detached()
@@ -88,9 +94,9 @@ class DiffusionImputer:
         loss = self.denoising_loss(params, detached, modulation, generator)
         if loss is not None:
             losses["diffusion"] = self.config.weight * loss
-        rows, values = self._one_step_estimate(params, detached, imputation, modulation, generator)
+        rows, values = self._one_step_estimate(params, seen.detached(), imputation, modulation, generator)
         if rows is not None and values is not None and self.prototype_weight > 0:
-            wanted = (tokens.has_prototype & ~tokens.available)[:, rows]  # [num_tokens, num_rows]
+            wanted = (tokens.has_prototype & ~seen.available)[:, rows]  # [num_tokens, num_rows]
             if wanted.any():
                 cosine = torch.cosine_similarity(values, detached.prototypes[:, rows], dim=-1)
                 losses["prototype"] = self.prototype_weight * (1 - cosine)[wanted].mean()
