@@ -39,7 +39,6 @@ METHODS: dict[str, dict[str, Any]] = {
 TUNING: list[dict[str, Any]] = [
     {"training.learning_rate": 0.01, "model.dropout": 0.4},
     {"training.learning_rate": 0.01, "model.dropout": 0.6},
-    {"training.learning_rate": 0.005, "model.dropout": 0.6},
 ]
 DATA: dict[str, dict[str, Any]] = {
     "wn_noto": {"data.path": "wn_noto"},
@@ -154,8 +153,8 @@ def _instruments(data: str, found: dict[str, list[dict[str, Any]]], console: Con
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="where runs and tables are kept")
 @click.option("--data", type=click.Choice(list(DATA)), default="wn_noto", show_default=True)
 @click.option("--seeds", default=5, show_default=True, help="seeds 0 .. n-1")
-@click.option("--rounds", default=20, show_default=True)
-@click.option("--tuning-rounds", default=10, show_default=True)
+@click.option("--rounds", default=10, show_default=True)
+@click.option("--tuning-rounds", default=6, show_default=True)
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="processes side by side")
 @click.option("--method", "only", multiple=True, type=click.Choice(list(METHODS)), help="these methods alone")
 def main(
@@ -172,11 +171,11 @@ def main(
             output / data / folder_name(method) / f"seed{seed}",
             _base(data, rounds, seed) | METHODS[method] | chosen[method],
         )
+        for seed in range(seeds)  # seed by seed, so that a stopped benchmark has whole seeds to report
         for method in methods
-        for seed in range(seeds)
     ]
     results = run_all(tasks, jobs, console)
-    found = {method: results[i * seeds : (i + 1) * seeds] for i, method in enumerate(methods)}
+    found = {method: results[index :: len(methods)] for index, method in enumerate(methods)}
     report(data, found, chosen, console)
 
 

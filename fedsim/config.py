@@ -61,7 +61,7 @@ class ModelConfig(Section):
     fusion: str = Field("gate", description="gate (eq. 2), split (a scorer per modality) or none (structure alone)")
     imputer: str = Field("diffusion", description="what fills missing tokens: zero, mean, random or diffusion (HidE)")
     gate_hidden: Count = Field(32, description="hidden width of the fusion gate")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.4, description="dropout on the query vector")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.6, description="dropout on the query vector")
     init_scale: Positive = Field(0.1, description="standard deviation of initial relation embeddings")
 
 
@@ -121,7 +121,7 @@ class FederationConfig(Section):
     """Who takes part and how results are combined (method.md sections 5 and 6)."""
 
     strategy: str = Field("mmfed3", description="local, central, fede or mmfed3")
-    num_rounds: Count = Field(30, description="federation rounds")
+    num_rounds: Count = Field(15, description="federation rounds")
     cohort_fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of clients sampled per round")
     cohort_size: Count | None = Field(None, description="number of clients sampled per round; null uses the fraction")
 
@@ -130,8 +130,8 @@ class DistillationConfig(Section):
     """MMFeD3: dual distillation, each term switched off by weight 0 (method.md section 5)."""
 
     temperature: Positive = Field(2.0, description="tau of eq. 9 and 13")
-    logit_to_client: Weight = Field(0.5, description="eq. 9, global copy teaches the private model")
-    logit_to_global: Weight = Field(0.5, description="eq. 9, private model teaches the global copy")
+    logit_to_client: Weight = Field(2.0, description="eq. 9, global copy teaches the private model")
+    logit_to_global: Weight = Field(2.0, description="eq. 9, private model teaches the global copy")
     feature_to_client: Weight = Field(0.1, description="eq. 10, tokens of the private model follow the global copy")
     feature_to_global: Weight = Field(0.1, description="eq. 10, tokens of the global copy follow the private model")
     prototype: Weight = Field(0.1, description="eq. 10, imputed tokens follow the server's prototypes")
