@@ -76,8 +76,8 @@ def main(output: Path, data: str, seed: int) -> None:
         graph = load_dataset(resolve_dataset(data))
         moved = load_federated_split(graph, config).num_moved
         console.print(
-            f"{moved} of {len(graph.valid) + len(graph.test)} valid and test triples moved to train: "
-            "no train triple has their head, tail or relation, so nobody could rank them"
+            f"{moved} of {len(graph.valid) + len(graph.test)} valid and test triples moved to train, those whose head, "
+            "tail or relation is in no train triple"
         )
         started = time.perf_counter()
         with closing(ConsoleObserver(console)) as observer:
