@@ -80,15 +80,16 @@ def load_federated_split(graph: KnowledgeGraph, config: Config) -> FederatedSpli
 
 
 def chosen_modalities(graph: KnowledgeGraph, config: Config) -> list[str]:
-    """Return the modalities used, in the data set's order; ConfigError if one is not there."""
-    if config.data.modalities is None:
-        return list(graph.features)
-    for name in config.data.modalities:
-        if name not in graph.features:
-            raise ConfigError(
-                f"config field 'data.modalities' names '{name}', but {graph.name} has {', '.join(graph.features)}"
-            )
-    return [name for name in graph.features if name in config.data.modalities]
+    """Return the modalities used, in the data set's order; ConfigError if the config names one that is not there."""
+    rates = config.data.missing_rate
+    named = {"modalities": config.data.modalities or (), "missing_rate": rates if isinstance(rates, dict) else ()}
+    for field, names in named.items():
+        for name in names:
+            if name not in graph.features:
+                have = ", ".join(graph.features) or "no modality"
+                raise ConfigError(f"config field 'data.{field}' names '{name}', but {graph.name} has {have}")
+    used = config.data.modalities
+    return [name for name in graph.features if used is None or name in used]
 
 
 def build_clients(

@@ -48,6 +48,8 @@ def test_a_rate_per_modality_and_its_default() -> None:
     data = small_experiment({"data.missing_rate": {"text": 1.0}}).clients[0]
     assert not data.features["text"].visible.any()
     assert data.features["image"].visible.all(), "a modality that is not named loses nothing"
+    with pytest.raises(ConfigError, match=r"'data\.missing_rate' names 'txt', but tiny has text, image"):
+        small_experiment({"data.missing_rate": {"txt": 1.0}})
 
 
 def test_modalities_are_chosen_in_the_order_of_the_data() -> None:
