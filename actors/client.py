@@ -12,12 +12,11 @@ from actors.tensors import share_tensors
 from fedsim.checkpoint import client_file, load_tensors, save_tensors
 from fedsim.config import Config
 from fedsim.data.clients import ClientData
-from fedsim.errors import RunError
 from fedsim.evaluation.consistency import TokenSample, sample_tokens
 from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
-from fedsim.federated.runtime import make_client, pin_threads
+from fedsim.federated.runtime import client_device, make_client, pin_threads
 
 
 class _ClientActor:
@@ -42,19 +41,15 @@ class _ClientActor:
     @ray.method
     def start(self) -> tuple[str, int]:
         """Take hold of the device; return the address of the node, and the process id there."""
-        fraction = self.config.runtime.gpus_per_client
-        if fraction > 0:
-            if not torch.cuda.is_available():
-                raise RunError("torch finds no CUDA device; install torch with CUDA or set runtime.gpus_per_client 0")
+        if client_device(self.config).type == "cuda":
             # Ray counts shares of a GPU and does not enforce them: without this, one actor can starve the others.
-            torch.cuda.set_per_process_memory_fraction(fraction)
+            torch.cuda.set_per_process_memory_fraction(self.config.runtime.gpus_per_client)
         return str(ray.util.get_node_ip_address()), os.getpid()
 
     @ray.method
     def add_client(self, data: ClientData) -> None:
         """Make a client of its data."""
-        device = torch.device("cuda" if self.config.runtime.gpus_per_client > 0 else "cpu")
-        self.clients[data.client] = make_client(data, self.config, device)
+        self.clients[data.client] = make_client(data, self.config, client_device(self.config))
 
     @ray.method
     def hello(self, client: int) -> ClientHello:

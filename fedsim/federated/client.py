@@ -144,30 +144,35 @@ class Client:
             choose: choose the combination of views on this split (validation only); else use the chosen one.
         """
         tables = self._embeddings(round_num)
-        both_sides = self.config.evaluation.protocol == "both"
-        tried: dict[float | None, list[RankingMetrics]] = {}
         options = COMBINATIONS if choose and self.combination is not None else (self.combination,)
-        for weight in options:
-            tried[weight] = [
-                summarise(
-                    rank_triples(
-                        lambda *query, weight=weight: self._scores(tables, weight, *query),
-                        group.triples[split],
-                        self.filters[group.name],
-                        batch_size=self.config.evaluation.batch_size,
-                        both_sides=both_sides,
-                        candidates=torch.from_numpy(group.candidates) if len(self.data.groups) > 1 else None,
-                    ),
-                    ks=(1, 3, 10) if both_sides else (1, 5, 10),
-                )
-                for group in self.data.groups
-            ]
+        try:
+            tried = {weight: self._rank(split, tables, weight) for weight in options}
+        except FedSimError as err:
+            raise RunError(f"client {self.data.client}, round {round_num}, {split}: {err}") from err
         best = max(tried, key=lambda weight: weighted_mean(tried[weight]).mrr)
         if choose:
             self.combination = best
         return [
             ClientEvaluation(group.name, metrics, best)
             for group, metrics in zip(self.data.groups, tried[best], strict=True)
+        ]
+
+    def _rank(self, split: str, tables: Mapping[str, Tensor], weight: float | None) -> list[RankingMetrics]:
+        """Rank a split's triples, group by group, by one combination of the views."""
+        both_sides = self.config.evaluation.protocol == "both"
+        return [
+            summarise(
+                rank_triples(
+                    lambda *query: self._scores(tables, weight, *query),
+                    group.triples[split],
+                    self.filters[group.name],
+                    batch_size=self.config.evaluation.batch_size,
+                    both_sides=both_sides,
+                    candidates=torch.from_numpy(group.candidates) if len(self.data.groups) > 1 else None,
+                ),
+                ks=(1, 3, 10) if both_sides else (1, 5, 10),
+            )
+            for group in self.data.groups
         ]
 
     def scores(self, entity: Tensor, relation: Tensor, inverse: bool, round_num: int) -> Tensor:

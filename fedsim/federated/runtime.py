@@ -13,7 +13,7 @@ from fedsim.checkpoint import client_file, load_tensors, save_tensors, server_fi
 from fedsim.config import Config
 from fedsim.data.clients import ClientData, build_clients, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, RunError
 from fedsim.evaluation.consistency import TokenSample, sample_tokens, semantic_consistency, shared_entities
 from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated import STRATEGIES, Strategy
@@ -130,6 +130,15 @@ def make_client(data: ClientData, config: Config, device: torch.device) -> Clien
     return Client(data, config, make_strategy(config), device)
 
 
+def client_device(config: Config) -> torch.device:
+    """Choose where clients' tensors live: on the GPU if the config gives them a share of one."""
+    if config.runtime.gpus_per_client == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RunError("torch finds no CUDA device; install torch with CUDA, or set runtime.gpus_per_client to 0")
+    return torch.device("cuda")
+
+
 def pin_threads(num_threads: int) -> None:
     """Give torch, and the linear algebra of numpy and scikit-learn, this many threads in this process.
 
@@ -146,7 +155,7 @@ class InProcessRuntime:
         config = experiment.config
         pin_threads(config.runtime.torch_threads)
         strategy = make_strategy(config)
-        device = torch.device("cuda" if config.runtime.gpus_per_client > 0 else "cpu")
+        device = client_device(config)
         self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}
         self.placement = [
             f"{len(self.clients)} clients in this process, {config.runtime.torch_threads} torch thread(s)"

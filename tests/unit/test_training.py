@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_graph
-from experiments import small_client, small_config
+from experiments import small_client, small_config, small_runtime
 from torch import Tensor
 
 from fedsim.errors import RunError
@@ -59,6 +59,20 @@ def test_a_loss_that_is_not_finite_stops_with_client_round_and_term() -> None:
     client.values.params["relation"].fill_(float("nan"))
     with pytest.raises(RunError, match=r"client 0, round 3: the loss is not finite \(terms: local/link\); lower"):
         client.train(3, None)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_score_that_is_not_finite_stops_with_client_round_and_split(split: str) -> None:
+    client = _local()
+    client.values.params["relation"].fill_(float("nan"))
+    with pytest.raises(RunError, match=rf"^client 0, round 3, {split}: \d+ of \d+ scores are NaN"):
+        client.evaluate(split, 3, choose=split == "valid")
+
+
+def test_a_gpu_that_torch_does_not_find_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RunError, match=r"no CUDA device; .* runtime\.gpus_per_client to 0"):
+        small_runtime({"runtime.gpus_per_client": 0.5})
 
 
 def test_one_vs_all_asks_both_sides_unless_tails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
