@@ -67,7 +67,7 @@ def run(
 
     Args:
         config: the experiment.
-        runtime_factory: makes the runtime; `actors.ray_runtime` for Ray.
+        runtime_factory: makes the runtime; `actors.runtime.ray_runtime` for Ray.
         observer: is told of progress.
 
     Raises:
@@ -106,9 +106,7 @@ def resume(
         return _run(experiment, runtime, folder, progress, checkpoint, observer or SilentObserver())
 
 
-def evaluate(
-    path: Path, runtime_factory: RuntimeFactory = in_process_runtime, observer: Observer | None = None
-) -> RunResult:
+def evaluate(path: Path, runtime_factory: RuntimeFactory = in_process_runtime) -> RunResult:
     """Rank the test triples of a finished (or stopped) run with its best models once more."""
     folder, config = RunFolder.open(path)
     checkpoint, manifest = newest_checkpoint(folder.checkpoints)

@@ -261,10 +261,8 @@ def _load_triples(path: Path, name: str, entity_ids: dict[str, int], relation_id
     if not parquet.is_file():
         tsv = path / "triples" / f"{name}.tsv"
         return map_triples(storage.read_rows(tsv, 3), tsv, entity_ids, relation_ids)
-    try:
-        from pyarrow.parquet import read_table  # optional: only data sets that come as parquet need it
-    except ImportError as err:
-        raise DataError(f"{parquet}: reading parquet needs the package pyarrow; install it") from err
+    from pyarrow.parquet import read_table  # here: only data sets that come as parquet need it
+
     try:
         table = read_table(parquet, columns=["head", "relation", "tail"])
         columns = [table.column(column).to_pylist() for column in ("head", "relation", "tail")]
