@@ -38,7 +38,8 @@ class DataConfig(Section):
     dirichlet_alpha: Positive = Field(0.5, description="concentration of the dirichlet split; small is uneven")
     modalities: tuple[str, ...] | None = Field(None, description="modalities used; null takes all, [] structure alone")
     missing_rate: Rate | dict[str, Rate] = Field(
-        0.5, description="share of the available features hidden at each client, one number or one per modality"
+        0.5,
+        description="share of the available features hidden at each client, one number or one per modality (else 0)",
     )
     missing_pattern: Literal["random", "client", "natural"] = Field(
         "random", description="hide per entity, a whole modality at some clients, or nothing"
@@ -62,7 +63,7 @@ class ModelConfig(Section):
     imputer: str = Field("diffusion", description="what fills missing tokens: zero, mean, random or diffusion (HidE)")
     gate_hidden: Count = Field(32, description="hidden width of the fusion gate")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.6, description="dropout on the query vector")
-    init_scale: Positive = Field(0.1, description="standard deviation of initial relation embeddings")
+    init_scale: Positive = Field(0.1, description="standard deviation of the initial entity and relation embeddings")
 
 
 class DiffusionConfig(Section):
@@ -114,7 +115,7 @@ class TrainingConfig(Section):
     num_negatives: Count = Field(256, description="negatives per triple of self_adversarial")
     margin: Positive = Field(10.0, description="gamma of self_adversarial")
     adversarial_temperature: Weight = Field(1.0, description="temperature of self_adversarial; 0 weighs all alike")
-    corruption: Literal["tail", "both"] = Field("both", description="sides corrupted by self_adversarial")
+    corruption: Literal["tail", "both"] = Field("both", description="sides asked for in training")
 
 
 class FederationConfig(Section):
@@ -138,7 +139,9 @@ class DistillationConfig(Section):
     send_prototypes: bool = Field(
         True, description="clients send projected tokens, the server sends prototypes, eq. 11"
     )
-    warmup_rounds: Annotated[int, Field(ge=0)] = Field(2, description="rounds before the client terms switch on")
+    warmup_rounds: Annotated[int, Field(ge=0)] = Field(
+        2, description="rounds before the terms of eq. 9 and L_feat of eq. 10 switch on"
+    )
     num_soft_queries: Annotated[int, Field(ge=0)] = Field(64, description="soft queries a client sends; 0 sends none")
     num_candidates: Annotated[int, Field(ge=2)] = Field(32, description="candidates per soft query")
     server_steps: Annotated[int, Field(ge=0)] = Field(20, description="server distillation steps per round")
@@ -161,7 +164,9 @@ class RuntimeConfig(Section):
 
     kind: Literal["ray", "in_process"] = Field("ray", description="Ray actors, or all in this process")
     placement: Literal["auto", "dedicated", "pooled"] = Field("auto", description="one actor per client, or a pool")
-    num_actors: Count | None = Field(None, description="client actors of a pool; null takes the CPUs or GPUs there are")
+    num_actors: Count | None = Field(
+        None, description="client actors of a pool; null takes what the cluster has room for"
+    )
     cpus_per_actor: Positive = Field(0.5, description="CPUs reserved per client actor")
     gpus_per_client: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="fraction of a GPU per client actor")
     torch_threads: Count = Field(1, description="torch threads per process; the last digits depend on it")
@@ -172,7 +177,7 @@ class RuntimeConfig(Section):
 class CheckpointConfig(Section):
     """What a run keeps."""
 
-    every: Count = Field(1, description="checkpoint every so many rounds")
+    every: Count = Field(1, description="checkpoint every so many rounds, and whenever validation improves")
     keep: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints kept, beside the best one")
 
 

@@ -2,6 +2,8 @@
 
 A loss takes the logits of each query over its candidates. With `one_vs_all` the candidates are all entities of the
 client; with `self_adversarial` they are the true answer (column 0) and sampled negatives.
+
+To add one: write a class with the members of `Loss`, and add a line to `LOSSES`.
 """
 
 from typing import Protocol
@@ -34,7 +36,10 @@ class OneVsAll:
 
 
 class SelfAdversarial:
-    """Negative sampling weighted by the model's own belief (RotatE, Sun et al., ICLR 2019; used by FedE)."""
+    """Negative sampling weighted by the model's own belief (RotatE, Sun et al., ICLR 2019; used by FedE).
+
+    The negatives are uniform draws from all entities of the client; the authors' code draws true answers again.
+    """
 
     samples_negatives = True
 

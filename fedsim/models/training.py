@@ -43,7 +43,7 @@ class TrainingInput:
     Attributes:
         triples: int64 [num_triples, 3], local ids of head, relation, tail.
         features: modality -> visible features.
-        prototypes: view -> prototypes of the server, or None.
+        prototypes: those of the server, or None before it sent any.
     """
 
     triples: Tensor
@@ -242,7 +242,7 @@ def update_ema(values: ClientValues, decay: float, num_steps: int) -> None:
 
 
 def _queries(model: ClientModel, embeddings: Tensor, relations: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Ask for the tails, and for the heads unless the loss corrupts tails alone; [num_parts, num_queries, dim]."""
+    """Ask for the tails, and for the heads unless `training.corruption` is tail; [num_parts, num_queries, dim]."""
     head, relation, tail = batch.T
     tails = model.queries(embeddings, relations, head, relation, inverse=False)
     if model.config.training.corruption == "tail":

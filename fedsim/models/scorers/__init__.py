@@ -5,8 +5,8 @@ the known entity and the relation, then compared with candidate entities. That w
 one matrix product (or one blocked distance), for tail and head queries alike, and training on negatives that are
 drawn per triple uses the same query.
 
-To add one: write its file with the three methods below, and register an instance here. The property tests over the
-registry then hold it to the contract.
+To add one: write its file with the name and the four methods below, and register an instance here. The property tests
+over the registry then hold it to the contract.
 """
 
 from typing import Protocol
