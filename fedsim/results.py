@@ -10,6 +10,8 @@ from fedsim.evaluation.ranking import RankingMetrics, weighted_mean
 from fedsim.federated.client import ClientEvaluation
 from fedsim.federated.runtime import RoundResult
 
+NEAR_BEST = 0.95  # share of the best validation MRR at which a run counts as converged
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -84,10 +86,14 @@ class ClientResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run ends with: test metrics of the round with the best validation MRR, costs and instruments."""
+    """What a run ends with: test metrics of the round with the best validation MRR, costs and instruments.
+
+    `num_rounds_to_95` counts the rounds until the validation MRR was 95 % of the best one.
+    """
 
     folder: Path
     best_round: int
+    num_rounds_to_95: int
     valid_mrr: float
     test: RankingMetrics
     clients: list[ClientResult]
@@ -122,6 +128,13 @@ def metric_rows(
     return [*rows, total]
 
 
+def rounds_to_95(rows: Sequence[Mapping[str, Any]], best_round: int, best_mrr: float) -> int:
+    """Return the first round whose validation MRR is 95 % of the best one; rows as `metric_rows` makes them."""
+    validated = [row for row in rows if row["client"] is None and "valid" in row]
+    near = [int(row["round"]) for row in validated if row["valid"]["mrr"] >= NEAR_BEST * best_mrr]
+    return min(near, default=best_round)
+
+
 def metrics_as_json(metrics: RankingMetrics) -> dict[str, Any]:
     """Write ranking metrics (filtered, realistic) as JSON."""
     hits = {f"hits_at_{k}": value for k, value in metrics.hits.items()}
@@ -132,6 +145,7 @@ def result_as_json(result: RunResult) -> dict[str, Any]:
     """Write a result as JSON."""
     return {
         "best_round": result.best_round,
+        "num_rounds_to_95": result.num_rounds_to_95,
         "valid_mrr": result.valid_mrr,
         "test": metrics_as_json(result.test),
         "clients": [

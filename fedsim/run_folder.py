@@ -96,7 +96,11 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
         rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        except OSError as err:
+            raise RunError(f"{self.metrics_file} cannot be read: {err.strerror}; the run's folder is damaged") from err
+        for line in lines:
             try:
                 rows.append(json.loads(line))
             except ValueError:

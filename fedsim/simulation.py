@@ -38,6 +38,7 @@ from fedsim.results import (
     metric_rows,
     result_as_json,
     round_bytes,
+    rounds_to_95,
 )
 from fedsim.run_folder import RunFolder
 
@@ -131,6 +132,10 @@ def _run(
     start = progress.round_num + 1
     sizes = _client_sizes(experiment)
     observer.run_started(RunInfo(folder.path, config, runtime.placement, config.federation.num_rounds, start, sizes))
+    if experiment.num_moved:
+        observer.message(
+            f"{experiment.num_moved} valid and test triples that their client could not learn moved to its train"
+        )
     newest = run_rounds(experiment, runtime, folder, progress, observer) or checkpoint
     assert newest is not None, "there is at least one round"
     result = _finish(runtime, folder, progress, newest)
@@ -199,6 +204,7 @@ def _finish(runtime: Runtime, folder: RunFolder, progress: Progress, newest: Pat
     return RunResult(
         folder=folder.path,
         best_round=best_round,
+        num_rounds_to_95=rounds_to_95(folder.read_metrics(), best_round, progress.best_mrr),
         valid_mrr=progress.best_mrr,
         test=weighted_mean([item.metrics for item in tests]),
         clients=[

@@ -111,6 +111,7 @@ def show_result(result: RunResult, console: Console) -> None:
     show_rows("Time", ["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()], console)
     console.print(
         f"Bytes: {format_bytes(result.bytes_up)} up, {format_bytes(result.bytes_down)} down\n"
+        f"Validation MRR: 95 % of the best one after {result.num_rounds_to_95} round(s)\n"
         f"Models: those of round {result.best_round}, chosen on validation, in {escape(shown_path(result.folder))}",
         soft_wrap=True,
         highlight=False,
