@@ -83,7 +83,7 @@ class DiffusionConfig(Section):
         32, description="missing entities per step whose one-step estimate carries the link-prediction gradient"
     )
     hide_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.3, description="share of the available image and text tokens that training hides, anew each epoch"
+        0.0, description="share of the available image and text tokens that training hides, anew each epoch"
     )
     min_snr: Positive | None = Field(None, description="weigh L_diff by min(SNR, this); null weighs steps alike")
     use_prototypes: bool = Field(True, description="condition on the server's prototypes where it sent them")
