@@ -196,6 +196,16 @@ class Config(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="after")
+    def _asked_sides_are_trained(self) -> "Config":
+        tails_alone = self.training.corruption == "tail" and self.training.reciprocal
+        if tails_alone and self.evaluation.protocol == "both":
+            raise ValueError(
+                "training.corruption 'tail' with training.reciprocal leaves the relations of head queries untrained, "
+                "but evaluation.protocol 'both' asks for heads: set the protocol to fede, or reciprocal to false"
+            )
+        return self
+
     @property
     def data_seed(self) -> int:
         """Seed of the split and of what is hidden."""

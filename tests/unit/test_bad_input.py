@@ -52,6 +52,7 @@ def _fails(capsys: pytest.CaptureFixture[str], args: list[str], parts: list[str]
         ("diffusion: {steps: 5, sampling_steps: 9}", ["sampling_steps 9 must not exceed steps 5"]),
         ("training: {learning_rate: .nan}", ["'training.learning_rate'", "nan"]),
         ("data: {split: given}", ["data.split_file"]),
+        ("training: {corruption: tail}", ["evaluation.protocol 'both' asks for heads", "reciprocal to false"]),
         ("data: {split: random}", ["'data.split' = 'random'", "relation"]),
         ("federation: {num_rounds: many}", ["'federation.num_rounds' = 'many'"]),
         ("- a list", ["conf.yaml must hold sections"]),

@@ -87,7 +87,8 @@ def test_one_vs_all_asks_both_sides_unless_tails_alone(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(training, "forward_view", spy)
     for corruption in ("both", "tail"):
-        _local(**{"training.corruption": corruption, "training.batch_size": 4096}).train(1, None)
+        sides = {"training.corruption": corruption, "evaluation.protocol": "fede"}
+        _local(**sides, **{"training.batch_size": 4096}).train(1, None)
     num_triples, num_entities = sizes[1]
     assert sizes == [(2 * num_triples, num_entities), (num_triples, num_entities)]
 
