@@ -144,7 +144,8 @@ class Client:
             choose: choose the combination of views on this split (validation only); else use the chosen one.
         """
         tables = self._embeddings(round_num)
-        options = COMBINATIONS if choose and self.combination is not None else (self.combination,)
+        can_choose = self.combination is not None and any(len(group.triples[split]) for group in self.data.groups)
+        options = COMBINATIONS if choose and can_choose else (self.combination,)
         try:
             tried = {weight: self._rank(split, tables, weight) for weight in options}
         except FedSimError as err:

@@ -69,6 +69,14 @@ def test_a_score_that_is_not_finite_stops_with_client_round_and_split(split: str
         client.evaluate(split, 3, choose=split == "valid")
 
 
+def test_a_client_without_validation_triples_keeps_the_even_combination() -> None:
+    client = small_runtime({"federation.strategy": "mmfed3"}).clients[0]
+    (group,) = client.data.groups
+    group.triples["valid"] = group.triples["valid"][:0]
+    (evaluation,) = client.evaluate("valid", 0, choose=True)
+    assert (evaluation.metrics.num_queries, evaluation.combination, client.combination) == (0, 0.5, 0.5)
+
+
 def test_a_gpu_that_torch_does_not_find_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RunError, match=r"no CUDA device; .* runtime\.gpus_per_client to 0"):
