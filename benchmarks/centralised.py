@@ -45,7 +45,7 @@ FIXED: dict[str, Any] = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "WN9-IMG": {"training.batch_size": 500, "federation.num_rounds": 30, "evaluation.every": 10},
-    "FB15k-237": {"training.batch_size": 1000, "federation.num_rounds": 16, "evaluation.every": 2},
+    "FB15k-237": {"training.batch_size": 1000, "federation.num_rounds": 12, "evaluation.every": 2},
 }
 
 

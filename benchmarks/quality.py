@@ -54,11 +54,13 @@ def run_one(task: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
 
     folder, overrides = task
     result_file = folder / "result.json"
-    if not result_file.is_file():
-        if folder.exists():
-            fedsim.resume(folder)
-        else:
-            fedsim.run(fedsim.load_config(overrides=overrides | {"output": str(folder)}))
+    config = fedsim.load_config(overrides=overrides | {"output": str(folder)})
+    if folder.exists() and fedsim.load_config(folder / "config.yaml") != config:
+        raise click.ClickException(f"{folder} was run with another config; give a new --output")
+    if not folder.exists():
+        fedsim.run(config)
+    elif not result_file.is_file():
+        fedsim.resume(folder)
     result: dict[str, Any] = json.loads(result_file.read_text())
     return result
 

@@ -85,6 +85,8 @@ class Server:
             raise RunError(f"{who}: the update is stale, the server is in round {self.round_num}")
         if update.client in self.received:
             raise RunError(f"{who}: a second update in the same round")
+        if update.client not in self.ownership:
+            raise RunError(f"{who}: an update of a client that is not registered")
         if not torch.equal(update.entity_ids, self.ownership[update.client]):
             raise RunError(f"{who}: the update has rows of entities that the client does not own")
         bad = check_finite(update)
