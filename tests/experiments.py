@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from builders import tiny_graph
 
+from builders import tiny_graph
 from fedsim.config import Config, make_config
 from fedsim.data.clients import build_clients, load_federated_split
 from fedsim.data.dataset import KnowledgeGraph

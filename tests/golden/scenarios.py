@@ -5,7 +5,6 @@ from typing import Any
 
 from builders import tiny_graph
 from experiments import small_config, small_experiment
-
 from fedsim.evaluation.ranking import weighted_mean
 from fedsim.federated.runtime import InProcessRuntime
 from fedsim.simulation import sample_cohort

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import ray
-from builders import write_tiny_dataset
-from processes import fedsim
 
 import actors.cluster
 from actors.calls import Call, collect
 from actors.runtime import RayRuntime, ray_runtime
+from builders import write_tiny_dataset
 from fedsim import cli
 from fedsim.errors import RunError
 from fedsim.federated.runtime import prepare
+from processes import fedsim
 from runs import small_config, small_options
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders import write_tiny_dataset
 
 from actors.runtime import ray_runtime
+from builders import write_tiny_dataset
 from fedsim import simulation
 from fedsim.federated.messages import ClientUpdate
 from fedsim.federated.runtime import InProcessRuntime, prepare

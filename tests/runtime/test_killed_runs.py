@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from builders import write_tiny_dataset
-from processes import alive, descendants, end, fedsim, titles, wait_until
 
+from builders import write_tiny_dataset
 from fedsim import cli, simulation
+from processes import alive, descendants, end, fedsim, titles, wait_until
 from runs import num_rounds_done, outcome, small_config, small_options
 
 NUM_ROUNDS = 40

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import ray
 import torch
-from builders import write_tiny_dataset
 from torch import Tensor
 
 from actors.client import _ClientActor
 from actors.runtime import RayRuntime, ray_runtime
 from actors.server import _ServerActor
+from builders import write_tiny_dataset
 from fedsim.evaluation.consistency import TokenSample
 from fedsim.evaluation.ranking import RankingMetrics
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport

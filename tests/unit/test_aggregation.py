@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from experiments import generator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import generator
 from fedsim.errors import RunError
 from fedsim.federated.aggregation import ModuleMean, RowMean, decode, encode
 

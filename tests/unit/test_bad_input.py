@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import tiny_graph
-from experiments import small_options
 from safetensors.numpy import load_file, save_file
 
+from builders import tiny_graph
+from experiments import small_options
 from fedsim import cli
 from fedsim.data.dataset import save_dataset
 from fedsim.data.splits import FederatedSplit, make_split, save_split

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from builders import tiny_graph
 from experiments import read_files, small_options
-
 from fedsim import checkpoint, cli, simulation
 from fedsim.checkpoint import load_tensors
 from fedsim.data.dataset import save_dataset

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import tiny_graph
 
+from builders import tiny_graph
 from fedsim import cli
 from fedsim.config import config_fields, load_config, make_config
 from fedsim.data.dataset import save_dataset

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import tiny_graph
 
+from builders import tiny_graph
 from fedsim import cli
 from fedsim.data.dataset import save_dataset
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import generator, small_client, small_config
 
+from experiments import generator, small_client, small_config
 from fedsim.errors import ConfigError
 from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes
 from fedsim.models.fusion import FUSIONS

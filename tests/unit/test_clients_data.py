@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from builders import tiny_graph
 from experiments import small_config, small_experiment
-
 from fedsim.data.clients import build_client, build_clients, chosen_modalities, load_federated_split
 from fedsim.data.dataset import KnowledgeGraph
 from fedsim.data.splits import FederatedSplit

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from experiments import generator, small_runtime
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from experiments import generator, small_runtime
 from fedsim.evaluation.consistency import TokenSample, sample_tokens, semantic_consistency, shared_entities
 
 X, Y = [1.0, 0.0], [0.0, 2.0]

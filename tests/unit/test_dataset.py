@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import tiny_graph, write_tiny_dataset
 from safetensors.numpy import save_file
 
+from builders import tiny_graph, write_tiny_dataset
 from fedsim.data import storage
 from fedsim.data.dataset import KnowledgeGraph, load_dataset, resolve_dataset, save_dataset
 from fedsim.errors import DataError

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from experiments import generator
 from torch import Tensor
 
+from experiments import generator
 from fedsim.models.imputers.denoiser import (
     DenoiserInput,
     denoise,

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import generator, small_config, token_table
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from experiments import generator, small_config, token_table
 from fedsim.models.client_model import ClientModel
 from fedsim.models.imputers import Imputation, TokenTable, diffusion
 from fedsim.models.imputers.denoiser import Condition, step_modulation

@@ -10,10 +10,9 @@ from typing import Any
 import click
 import pytest
 import torch
-from builders import tiny_graph
-from runs import SMALL
 
 import fedsim
+from builders import tiny_graph
 from fedsim import cli
 from fedsim.config import config_fields, load_config
 from fedsim.data.dataset import resolve_dataset, save_dataset
@@ -22,6 +21,7 @@ from fedsim.models.fusion import FUSIONS
 from fedsim.models.imputers import IMPUTERS, TokenTable
 from fedsim.models.losses import LOSSES
 from fedsim.models.scorers import SCORERS
+from runs import SMALL
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import tiny_graph, write_ids, write_lines
 from safetensors.numpy import save_file
 
+from builders import tiny_graph, write_ids, write_lines
 from fedsim.data.dataset import KnowledgeGraph, load_dataset
 from fedsim.data.importers import import_dataset
 from fedsim.data.splits import FederatedSplit, load_split, split_by_relation

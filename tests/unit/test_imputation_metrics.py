@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from builders import tiny_graph
 from experiments import linear_graph, small_client, small_runtime
-
 from fedsim.evaluation.imputation import measure_imputation, token_quality
 from fedsim.federated.client import Client
 

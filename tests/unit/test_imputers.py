@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from experiments import generator, small_config, token_table
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import generator, small_config, token_table
 from fedsim.models.imputers import IMPUTERS, Imputer, TokenTable
 
 CASES = {

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
-from builders import tiny_graph
 from rich.console import Console
 
+from builders import tiny_graph
 from fedsim.data.dataset import Features, KnowledgeGraph
 from fedsim.data.inspection import Fault, find_faults, inspect_dataset, inspect_split, render_report
 from fedsim.data.splits import FederatedSplit, split_by_relation, split_dirichlet

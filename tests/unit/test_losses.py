@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import generator, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import generator, small_config
 from fedsim.config import TrainingConfig
 from fedsim.models.losses import LOSSES, n3_penalty
 

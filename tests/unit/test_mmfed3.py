@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny_graph
-from experiments import COUPLINGS, generator, small_config, small_experiment, small_runtime, token_table
 from torch import Tensor
 
+from builders import tiny_graph
+from experiments import COUPLINGS, generator, small_config, small_experiment, small_runtime, token_table
 from fedsim.federated.messages import PrototypeTable, SoftQueries
 from fedsim.federated.mmfed3 import MMFeD3
 from fedsim.federated.runtime import InProcessRuntime, make_client, make_strategy

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import generator
 
+from experiments import generator
 from fedsim.models.optimizers import OPTIMIZERS, reset_state
 from fedsim.models.parameters import Params
 

@@ -3,8 +3,8 @@
 import math
 
 import torch
-from experiments import generator
 
+from experiments import generator
 from fedsim.models.parameters import layer_norm, linear, linear_init, select_view, with_prefix
 
 

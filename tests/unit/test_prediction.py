@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from builders import tiny_graph
 from experiments import small_config
-
 from fedsim import cli, simulation
 from fedsim.config import Config
 from fedsim.data.clients import ClientData

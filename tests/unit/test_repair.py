@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from builders import tiny_graph, write_ids
 
+from builders import tiny_graph, write_ids
 from fedsim.data.dataset import load_dataset
 from fedsim.data.importers import import_dataset
 from fedsim.data.importers.repair import repair_valid

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import small_config
 
+from experiments import small_config
 from fedsim import run_folder
 from fedsim.checkpoint import save_tensors, server_file, write_checkpoint
 from fedsim.errors import RunError

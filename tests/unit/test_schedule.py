@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from experiments import generator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import generator
 from fedsim.models.imputers.schedule import add_noise, clean_from_noise, ddim_step, sampling_times, signal_levels
 
 SCHEDULES = ("cosine", "linear")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import COUPLINGS, small_config, small_runtime
 
+from experiments import COUPLINGS, small_config, small_runtime
 from fedsim.errors import RunError
 from fedsim.federated.messages import ClientHello, ClientUpdate, PrototypeTable
 from fedsim.federated.runtime import InProcessRuntime, make_strategy

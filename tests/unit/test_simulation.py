@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import tiny_graph
-from experiments import COUPLINGS, read_files, small_config, small_experiment
 from torch import Tensor
 
+from builders import tiny_graph
+from experiments import COUPLINGS, read_files, small_config, small_experiment
 from fedsim import simulation
 from fedsim.checkpoint import load_tensors
 from fedsim.config import Config

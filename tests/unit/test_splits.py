@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import tiny_graph
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import tiny_graph
 from fedsim.data.dataset import KnowledgeGraph
 from fedsim.data.splits import (
     SPLITTERS,

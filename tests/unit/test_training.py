@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny_graph
-from experiments import small_client, small_config, small_runtime
 from torch import Tensor
 
+from builders import tiny_graph
+from experiments import small_client, small_config, small_runtime
 from fedsim.errors import RunError
 from fedsim.federated.client import Client
 from fedsim.models import training
