@@ -41,7 +41,7 @@ def end(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 280) -> bool:
     """Poll a condition; returns whether it came true in time."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -50,7 +50,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(
     end(started)  # Ray's own agents notice only after a minute that their node is gone
 
     with fedsim("resume", "run", cwd=tmp_path) as process:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=290)
     assert process.returncode == 0, output
     assert "Test, filtered" in output
     assert outcome(run) == unbroken
@@ -64,7 +64,7 @@ def test_ctrl_c_on_ray_leaves_no_process_and_the_run_can_go_on(
         assert wait_until(lambda: num_rounds_done(run) >= 2 or process.poll() is not None)
         started = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=290)
     assert process.returncode == 130, output
     assert output.splitlines()[-1] == "interrupted; continue with: fedsim resume run"
     assert "Traceback" not in output
@@ -83,7 +83,7 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(dataset: Path, tmp_path: Path
         assert wait_until(lambda: len(descendants(process.pid)) >= 4 or process.poll() is not None)
         started = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=290)
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert wait_until(lambda: not any(alive(pid) for pid in started)), "processes are left"
