@@ -23,6 +23,7 @@ def fedsim(*args: str, cwd: Path) -> Iterator["subprocess.Popen[str]"]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_interrupts,
     )
     with process:
         try:
@@ -39,6 +40,11 @@ def end(pids: Iterable[int]) -> None:
     for pid in pids:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def hear_interrupts() -> None:
+    """Let a child hear Ctrl-C: tests that run as a shell's background job inherit that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 280) -> bool:
