@@ -16,7 +16,8 @@ from fedsim.evaluation.consistency import TokenSample, sample_tokens
 from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
-from fedsim.federated.runtime import client_device, make_client, pin_threads
+from fedsim.federated.runtime import client_device, make_client
+from fedsim.process import settle_process
 
 
 class _ClientActor:
@@ -31,7 +32,7 @@ class _ClientActor:
         self.name, self.config = name, config
         self.clients: dict[int, Client] = {}
         share_tensors()
-        pin_threads(config.runtime.torch_threads)
+        settle_process(config.runtime.torch_threads)
         # Private data is read from Ray's shared memory, and never written.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 

@@ -33,8 +33,8 @@ from fedsim.federated.runtime import (
     Runtime,
     make_strategy,
     phase_seconds,
-    pin_threads,
 )
+from fedsim.process import pin_threads
 
 logger = logging.getLogger(__name__)
 

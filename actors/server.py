@@ -11,8 +11,9 @@ from actors.tensors import share_tensors
 from fedsim.checkpoint import load_tensors, save_tensors, server_file
 from fedsim.config import Config
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
-from fedsim.federated.runtime import make_strategy, pin_threads
+from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server, ServerReport
+from fedsim.process import settle_process
 
 
 class _ServerActor:
@@ -29,7 +30,7 @@ class _ServerActor:
         self.name = name
         self.published: ObjectRef[Broadcast] | None = None
         share_tensors()
-        pin_threads(config.runtime.torch_threads)
+        settle_process(config.runtime.torch_threads)
         self.server = Server(config, make_strategy(config), num_entities, feature_dims)
 
     def __repr__(self) -> str:

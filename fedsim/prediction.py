@@ -18,7 +18,8 @@ from fedsim.data.clients import ClientData, Ids, build_client, load_federated_sp
 from fedsim.data.dataset import KnowledgeGraph, load_dataset, resolve_dataset
 from fedsim.data.splits import FederatedSplit
 from fedsim.errors import DataError, RunError
-from fedsim.federated.runtime import make_client, make_strategy, pin_threads
+from fedsim.federated.runtime import make_client, make_strategy
+from fedsim.process import settle_process
 from fedsim.run_folder import RunFolder
 
 Direction = Literal["tail", "head"]
@@ -79,7 +80,7 @@ def predict(folder: Path, client: int, entity: str, relation: str, direction: Di
     asked_entity = _local_id(entity, entities, data.entity_ids, client)
     asked_relation = _local_id(relation, relations, data.relation_ids, client)
 
-    pin_threads(config.runtime.torch_threads)
+    settle_process(config.runtime.torch_threads)
     asked = make_client(data, config, torch.device("cpu"))
     asked.load_state(load_tensors(client_file(models, client)))
     query = torch.tensor([asked_entity]), torch.tensor([asked_relation])

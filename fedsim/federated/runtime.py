@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import threadpoolctl
 import torch
 
 from fedsim.checkpoint import client_file, load_tensors, save_tensors, server_file
@@ -20,6 +19,7 @@ from fedsim.federated import STRATEGIES, Strategy
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
 from fedsim.federated.server import Server, ServerReport
 from fedsim.models.client_model import pick
+from fedsim.process import settle_process
 
 
 @dataclass(frozen=True)
@@ -139,21 +139,12 @@ def client_device(config: Config) -> torch.device:
     return torch.device("cuda")
 
 
-def pin_threads(num_threads: int) -> None:
-    """Give torch, and the linear algebra of numpy and scikit-learn, this many threads in this process.
-
-    How a sum is divided among threads decides its last digits, so every process of every runtime does this.
-    """
-    torch.set_num_threads(num_threads)
-    threadpoolctl.threadpool_limits(num_threads)
-
-
 class InProcessRuntime:
     """All clients and the server in this process, one after the other."""
 
     def __init__(self, experiment: Experiment) -> None:
         config = experiment.config
-        pin_threads(config.runtime.torch_threads)
+        settle_process(config.runtime.torch_threads)
         strategy = make_strategy(config)
         device = client_device(config)
         self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}

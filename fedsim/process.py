@@ -1,0 +1,44 @@
+"""Settings of a process that trains: its threads and its memory."""
+
+import ctypes
+import sys
+
+import threadpoolctl
+import torch
+
+# Parameters of glibc's mallopt, as in malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_KEPT_BYTES = 1 << 29
+_GROWTH_BYTES = 1 << 26
+
+
+def settle_process(num_threads: int) -> None:
+    """Prepare this process for training, with so many threads."""
+    pin_threads(num_threads)
+    keep_freed_memory()
+
+
+def pin_threads(num_threads: int) -> None:
+    """Give torch, and the linear algebra of numpy and scikit-learn, this many threads in this process.
+
+    How a sum is divided among threads decides its last digits, so every process of every runtime does this.
+    """
+    torch.set_num_threads(num_threads)
+    threadpoolctl.threadpool_limits(num_threads)
+
+
+def keep_freed_memory() -> bool:
+    """Keep big blocks of freed memory for the next tensor instead of handing them back to the system.
+
+    A tensor of more than 32 MB is otherwise fresh memory at each step, and the page faults of its first use can cost
+    more than the arithmetic on it. Up to 512 MB stay with the process.
+
+    Returns:
+        Whether the C library took the settings; others than glibc have none.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEPT_BYTES), (_M_TOP_PAD, _GROWTH_BYTES))
+    taken = [mallopt(parameter, value) == 1 for parameter, value in settings]
+    return all(taken)
