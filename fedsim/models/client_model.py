@@ -175,13 +175,32 @@ class ClientModel:
         return torch.stack([self.scorer.query(h[entity], r[index], inverse=flip) for h, r in parts])
 
     def scores(self, queries: Tensor, embeddings: Tensor) -> Tensor:
-        """Score queries against all entities; [num_parts, batch, dim], [num_parts, n, dim] -> [batch, n]."""
-        parts = zip(queries, embeddings, strict=True)
-        first, *others = [self.scorer.score(q, h) for q, h in parts]
-        return sum(others, start=first)
+        """Score queries against all entities, summed over the parts.
+
+        Args:
+            queries: [..., num_parts, batch, dim].
+            embeddings: [..., num_parts, num_entities, dim].
+
+        Returns:
+            [..., batch, num_entities].
+        """
+        return _sum_parts(self.scorer.score(queries, embeddings))
 
     def scores_of(self, queries: Tensor, embeddings: Tensor, candidates: Tensor) -> Tensor:
-        """Score each query against its own candidates, int64 [batch, num_candidates] -> [batch, num_candidates]."""
-        parts = zip(queries, embeddings, strict=True)
-        first, *others = [self.scorer.score_negatives(q, h[candidates]) for q, h in parts]
-        return sum(others, start=first)
+        """Score each query against its own candidates, summed over the parts.
+
+        Args:
+            queries: [..., num_parts, batch, dim].
+            embeddings: [..., num_parts, num_entities, dim].
+            candidates: int64 [..., batch, num_candidates], rows of the embeddings.
+
+        Returns:
+            [..., batch, num_candidates].
+        """
+        ids = candidates.unsqueeze(-3).expand(*queries.shape[:-1], -1)
+        return _sum_parts(self.scorer.score_negatives(queries, embeddings, ids))
+
+
+def _sum_parts(scores: Tensor) -> Tensor:
+    """Add up the parts, [..., num_parts, batch, n] -> [..., batch, n]; a single part is not copied."""
+    return scores.squeeze(-3) if scores.shape[-3] == 1 else scores.sum(-3)

@@ -20,8 +20,21 @@ class Loss(Protocol):
 
     samples_negatives: bool
 
-    def __call__(self, logits: Tensor, target: Tensor, config: TrainingConfig) -> Tensor:
-        """Return the mean loss of logits [batch, num_candidates] with the true candidate at target [batch]."""
+    def __call__(
+        self, logits: Tensor, target: Tensor, weight: Tensor, config: TrainingConfig, real: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted sum of the queries' losses.
+
+        Args:
+            logits: [..., num_queries, num_candidates]; of padded candidates -1e6 or less.
+            target: column of the true candidate. int64 [..., num_queries]
+            weight: of each query; a client's weights sum to 1, those of padded queries are 0. [..., num_queries]
+            config: the loss's settings.
+            real: which candidates are no padding; None if all are real. bool [..., num_candidates]
+
+        Returns:
+            [...].
+        """
         ...
 
 
@@ -30,9 +43,20 @@ class OneVsAll:
 
     samples_negatives = False
 
-    def __call__(self, logits: Tensor, target: Tensor, config: TrainingConfig) -> Tensor:
-        """Return the mean cross-entropy."""
-        return functional.cross_entropy(logits, target, label_smoothing=config.label_smoothing)
+    def __call__(
+        self, logits: Tensor, target: Tensor, weight: Tensor, config: TrainingConfig, real: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted sum of cross-entropies; label smoothing spreads over the real candidates."""
+        log_total = logits.logsumexp(-1)  # [..., num_queries]
+        loss = log_total - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        if config.label_smoothing > 0:
+            if real is None:
+                mean = logits.mean(-1)
+            else:
+                share = real.to(logits.dtype) / real.sum(-1, keepdim=True)  # [..., num_candidates]
+                mean = (logits * share.unsqueeze(-2)).sum(-1)
+            loss = (1 - config.label_smoothing) * loss + config.label_smoothing * (log_total - mean)
+        return (weight * loss).sum(-1)
 
 
 class SelfAdversarial:
@@ -43,13 +67,18 @@ class SelfAdversarial:
 
     samples_negatives = True
 
-    def __call__(self, logits: Tensor, target: Tensor, config: TrainingConfig) -> Tensor:
-        """Return -(log sigmoid(gamma + s+) + sum_i p_i log sigmoid(-gamma - s-_i)) / 2, averaged."""
-        positive, negative = logits[:, 0], logits[:, 1:]
-        weight = torch.softmax(negative.detach() * config.adversarial_temperature, 1)  # [batch, num_negatives]
+    def __call__(
+        self, logits: Tensor, target: Tensor, weight: Tensor, config: TrainingConfig, real: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted sum of -(log sigmoid(gamma + s+) + sum_i p_i log sigmoid(-gamma - s-_i)) / 2."""
+        positive, negative = logits[..., 0], logits[..., 1:]
+        scaled = negative.detach() * config.adversarial_temperature
+        if real is not None:
+            scaled = scaled.masked_fill(~real[..., None, 1:], -torch.inf)
+        belief = torch.softmax(scaled, -1)  # [..., num_queries, num_negatives]
         positive_loss = functional.logsigmoid(config.margin + positive)
-        negative_loss = (weight * functional.logsigmoid(-config.margin - negative)).sum(1)
-        return -(positive_loss + negative_loss).mean() / 2
+        negative_loss = (belief * functional.logsigmoid(-config.margin - negative)).sum(-1)
+        return -(weight * (positive_loss + negative_loss)).sum(-1) / 2
 
 
 LOSSES: dict[str, Loss] = {"one_vs_all": OneVsAll(), "self_adversarial": SelfAdversarial()}

@@ -186,7 +186,8 @@ def forward_view(
     else:
         logits = model.scores_of(queries, embeddings, candidates)
         target = torch.zeros_like(target)
-    losses["link"] = model.loss(logits, target, config.training)
+    weight = logits.new_full((len(target),), 1 / len(target))
+    losses["link"] = model.loss(logits, target, weight, config.training)
     if config.training.n3_weight > 0:
         losses["n3"] = config.training.n3_weight * _n3(model, embeddings, relations, batch)
     return Forward(tokens, logits, target, losses)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from experiments import generator, small_config
 from fedsim.config import TrainingConfig
@@ -26,7 +27,8 @@ def test_every_loss_is_finite_and_wants_the_truth_higher(
 ) -> None:
     logits = (torch.randn(batch, num, generator=generator(seed)) * scale).requires_grad_()
     target = torch.zeros(batch, dtype=torch.int64)
-    loss = LOSSES[name](logits, target, _settings())
+    weight = torch.rand(batch, generator=generator(seed))
+    loss = LOSSES[name](logits, target, weight, _settings())
     (grad,) = torch.autograd.grad(loss, logits)
     assert loss.shape == ()
     assert bool(torch.isfinite(loss))
@@ -43,9 +45,45 @@ def test_one_vs_all_by_hand() -> None:
     loss = LOSSES["one_vs_all"]
     first = torch.zeros(1, dtype=torch.int64)
     skewed = torch.tensor([[math.log(3), 0.0]])
-    assert math.isclose(float(loss(torch.zeros(1, 4), first, _settings())), 1.386294, rel_tol=1e-6)
-    assert math.isclose(float(loss(skewed, first, _settings())), 0.287682, rel_tol=1e-5)
-    assert math.isclose(float(loss(skewed, first, _settings(label_smoothing=0.2))), 0.397543, rel_tol=1e-5)
+    one = torch.ones(1)
+    assert math.isclose(float(loss(torch.zeros(1, 4), first, one, _settings())), 1.386294, rel_tol=1e-6)
+    assert math.isclose(float(loss(skewed, first, one, _settings())), 0.287682, rel_tol=1e-5)
+    assert math.isclose(float(loss(skewed, first, one, _settings(label_smoothing=0.2))), 0.397543, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_one_vs_all_equals_torch(label_smoothing: float) -> None:
+    logits = torch.randn(6, 9, generator=generator(), dtype=torch.float64, requires_grad=True)
+    target = torch.randint(9, (6,), generator=generator(1))
+    weight = torch.full((6,), 1 / 6, dtype=torch.float64)
+    loss = LOSSES["one_vs_all"](logits, target, weight, _settings(label_smoothing=label_smoothing))
+    expected = functional.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@given(seed=st.integers(0, 9999), label_smoothing=st.sampled_from([0.0, 0.2]), temperature=st.sampled_from([0.0, 1.0]))
+def test_padding_changes_nothing(name: str, seed: int, label_smoothing: float, temperature: float) -> None:
+    """Two stacked clients, one with fewer queries and candidates, give each client's own loss and gradient."""
+    settings = _settings(label_smoothing=label_smoothing, adversarial_temperature=temperature)
+    logits = torch.randn(2, 5, 8, generator=generator(seed), dtype=torch.float64)
+    target = torch.randint(4, (2, 5), generator=generator(seed)) if name == "one_vs_all" else torch.zeros(2, 5).long()
+    weight = torch.rand(2, 5, generator=generator(seed), dtype=torch.float64)
+    real = torch.ones(2, 8, dtype=torch.bool)
+    logits[1, :, 6:], real[1, 6:], weight[1, 3:] = -1e6, False, 0.0
+    logits.requires_grad_()
+    loss = LOSSES[name](logits, target, weight, settings, real)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    for client, queries, candidates in ((0, 5, 8), (1, 3, 6)):
+        own = logits.detach()[client, :queries, :candidates].requires_grad_()
+        alone = LOSSES[name](own, target[client, :queries], weight[client, :queries], settings)
+        (own_grad,) = torch.autograd.grad(alone, own)
+        torch.testing.assert_close(loss[client], alone)
+        torch.testing.assert_close(grad[client, :queries, :candidates], own_grad)
+        rest = grad[client].clone()
+        rest[:queries, :candidates] = 0
+        assert bool((rest == 0).all()), "padding gets no gradient"
 
 
 def test_self_adversarial_by_hand() -> None:
@@ -60,7 +98,9 @@ def test_self_adversarial_by_hand() -> None:
     target = torch.zeros(1, dtype=torch.int64)
     for temperature, expected in ((1.0, 1.341088), (0.0, 1.228460)):
         settings = _settings(margin=1.0, adversarial_temperature=temperature)
-        assert math.isclose(float(LOSSES["self_adversarial"](logits, target, settings)), expected, rel_tol=1e-5)
+        assert math.isclose(
+            float(LOSSES["self_adversarial"](logits, target, torch.ones(1), settings)), expected, rel_tol=1e-5
+        )
 
 
 def test_n3_by_hand() -> None:

@@ -78,24 +78,46 @@ def test_all_modes_agree(scorer: Scorer, batch: int, num_candidates: int, half: 
         query = scorer.query(entity, relation, inverse=inverse)
         assert query.shape == entity.shape
         torch.testing.assert_close(scorer.score(query, candidates), expected)
-        torch.testing.assert_close(scorer.score_negatives(query, own), expected)
+        ids = torch.arange(num_candidates).expand(batch, -1)
+        torch.testing.assert_close(scorer.score_negatives(query, candidates, ids), expected)
+
+
+@every_scorer
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (2, 1)])
+def test_leading_dimensions_are_scored_one_by_one(scorer: Scorer, leading: tuple[int, ...]) -> None:
+    """Stacked clients and parts give the scores and the gradients that each gives alone."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(*leading, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(*leading, 5, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(5, (*leading, 4, 7), generator=generator)
+    flat = [value.reshape(-1, *value.shape[-2:]) for value in (query, table, ids)]
+    for stacked, score in (
+        (scorer.score(query, table), lambda q, t, _: scorer.score(q, t)),
+        (scorer.score_negatives(query, table, ids), scorer.score_negatives),
+    ):
+        alone = [score(*one) for one in zip(*flat, strict=True)]
+        expected = torch.stack(alone).view_as(stacked)
+        torch.testing.assert_close(stacked, expected)
+        slope = torch.randn(stacked.shape, generator=generator, dtype=torch.float64)
+        found = torch.autograd.grad(stacked, (query, table), slope)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, (query, table), slope))
 
 
 @every_scorer
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gradients_equal_finite_differences(scorer: Scorer, inverse: bool) -> None:
     entity, relation, candidates = draw(scorer, 3, 4, 6, seed=1)
-    own = candidates.repeat(3, 1, 1)
+    ids = torch.tensor([[0, 1], [3, 3], [2, 0]])
     inputs = [part.requires_grad_() for part in (entity, relation, candidates)]
 
     def score(entity: Tensor, relation: Tensor, candidates: Tensor) -> Tensor:
         return scorer.score(scorer.query(entity, relation, inverse=inverse), candidates)
 
-    def score_negatives(entity: Tensor, relation: Tensor, own: Tensor) -> Tensor:
-        return scorer.score_negatives(scorer.query(entity, relation, inverse=inverse), own)
+    def score_negatives(entity: Tensor, relation: Tensor, table: Tensor) -> Tensor:
+        return scorer.score_negatives(scorer.query(entity, relation, inverse=inverse), table, ids)
 
     assert torch.autograd.gradcheck(score, inputs)
-    assert torch.autograd.gradcheck(score_negatives, [*inputs[:2], own.requires_grad_()])
+    assert torch.autograd.gradcheck(score_negatives, inputs)
 
 
 @every_scorer
@@ -104,7 +126,8 @@ def test_gradients_are_finite_at_and_near_distance_zero(scorer: Scorer, offset: 
     """A candidate that equals the query has distance 0, where the derivative of a modulus is 0 / 0."""
     query = torch.zeros(2, 4, requires_grad=True)
     candidates = torch.full((3, 4), offset, requires_grad=True)
-    for scores in (scorer.score(query, candidates), scorer.score_negatives(query, candidates.expand(2, -1, -1))):
+    ids = torch.arange(3).expand(2, -1)
+    for scores in (scorer.score(query, candidates), scorer.score_negatives(query, candidates, ids)):
         gradients = torch.autograd.grad(scores, (query, candidates), torch.full_like(scores, slope))
         for gradient in gradients:
             assert gradient.isfinite().all()
@@ -116,13 +139,13 @@ def test_gradients_are_finite_at_and_near_distance_zero(scorer: Scorer, offset: 
 def test_rotate_blocks_change_nothing(block_size: int, seed: int) -> None:
     rotate = SCORERS["rotate"]
     entity, relation, candidates = draw(rotate, 5, 7, 6, seed)
-    own = candidates.repeat(5, 1, 1)
+    ids = torch.randint(7, (5, 9), generator=torch.Generator().manual_seed(seed))
 
     def scores_and_gradients() -> list[Tensor]:
         query = rotate.query(entity, relation).requires_grad_()
         results = []
-        for score, others in ((rotate.score, candidates), (rotate.score_negatives, own)):
-            leaf = others.clone().requires_grad_()
+        for score in (rotate.score, lambda query, table: rotate.score_negatives(query, table, ids)):
+            leaf = candidates.clone().requires_grad_()
             scores = score(query, leaf)
             results += [scores, *torch.autograd.grad(scores.square().sum(), (query, leaf))]
         return results

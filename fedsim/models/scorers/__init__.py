@@ -22,7 +22,8 @@ from fedsim.models.scorers.transe import TransE
 class Scorer(Protocol):
     """What a scorer offers; higher scores mean more plausible triples.
 
-    A scorer has no state: all parameters come in as arguments, so one instance serves every client.
+    A scorer has no state: all parameters come in as arguments, so one instance serves every client. The leading
+    dimensions `...` are the same for all arguments: nothing, [parts] or [clients, parts].
     """
 
     name: str
@@ -35,12 +36,12 @@ class Scorer(Protocol):
         """Build the query vector q, such that comparing q with a candidate scores the triple.
 
         Args:
-            entity: vectors of the known entity. [batch, dim]
-            relation: vectors of the relation. [batch, relation_dim]
+            entity: vectors of the known entity. [..., batch, dim]
+            relation: vectors of the relation. [..., batch, relation_dim]
             inverse: False for (entity, relation, candidate), True for (candidate, relation, entity).
 
         Returns:
-            The query vectors. [batch, dim]
+            The query vectors. [..., batch, dim]
         """
         ...
 
@@ -48,23 +49,24 @@ class Scorer(Protocol):
         """Score every query against every candidate.
 
         Args:
-            query: [batch, dim]
-            candidates: [num_candidates, dim]
+            query: [..., batch, dim]
+            candidates: [..., num_candidates, dim]
 
         Returns:
-            Scores. [batch, num_candidates]
+            Scores. [..., batch, num_candidates]
         """
         ...
 
-    def score_negatives(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score every query against its own candidates.
+    def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        """Score every query against its own candidates, which are gathered inside, block by block.
 
         Args:
-            query: [batch, dim]
-            candidates: [batch, num_negatives, dim]
+            query: [..., batch, dim]
+            table: [..., num_entities, dim]
+            ids: rows of the table. int64 [..., batch, num_negatives]
 
         Returns:
-            Scores. [batch, num_negatives]
+            Scores. [..., batch, num_negatives]
         """
         ...
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import ConfigError
+from fedsim.models.kernels import dot_rows
 
 
 class ComplEx:
@@ -27,7 +28,7 @@ class ComplEx:
         return dim
 
     def query(self, entity: Tensor, relation: Tensor, *, inverse: bool = False) -> Tensor:
-        """Return h * r, or t * conj(r) with ``inverse``; [batch, dim], [batch, dim] -> [batch, dim]."""
+        """Return h * r, or t * conj(r) with ``inverse``; [..., batch, dim] twice -> [..., batch, dim]."""
         entity_re, entity_im = entity.chunk(2, dim=-1)  # [batch, dim / 2] each
         relation_re, relation_im = relation.chunk(2, dim=-1)
         if inverse:
@@ -42,9 +43,9 @@ class ComplEx:
         )
 
     def score(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score all pairs; [batch, dim], [num_candidates, dim] -> [batch, num_candidates]."""
-        return query @ candidates.T
+        """Score all pairs; [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
+        return query @ candidates.mT
 
-    def score_negatives(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score each query's own candidates; [batch, dim], [batch, num_negatives, dim] -> [batch, num_negatives]."""
-        return torch.einsum("bd,bnd->bn", query, candidates)
+    def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
+        return dot_rows(query, table, ids)

@@ -7,8 +7,9 @@ Yang et al., "Embedding Entities and Relations for Learning and Inference in Kno
 Symbols: h, t = `entity` or a candidate; r = `relation`, as wide as an entity. The score is symmetric in head and tail.
 """
 
-import torch
 from torch import Tensor
+
+from fedsim.models.kernels import dot_rows
 
 
 class DistMult:
@@ -21,13 +22,13 @@ class DistMult:
         return dim
 
     def query(self, entity: Tensor, relation: Tensor, *, inverse: bool = False) -> Tensor:
-        """Return entity * relation, in both directions; [batch, dim], [batch, dim] -> [batch, dim]."""
+        """Return entity * relation, in both directions; [..., batch, dim] twice -> [..., batch, dim]."""
         return entity * relation
 
     def score(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score all pairs; [batch, dim], [num_candidates, dim] -> [batch, num_candidates]."""
-        return query @ candidates.T
+        """Score all pairs; [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
+        return query @ candidates.mT
 
-    def score_negatives(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score each query's own candidates; [batch, dim], [batch, num_negatives, dim] -> [batch, num_negatives]."""
-        return torch.einsum("bd,bnd->bn", query, candidates)
+    def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
+        return dot_rows(query, table, ids)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedsim.errors import ConfigError
+from fedsim.models.kernels import gather_rows
 
 # Numbers per block: on a CPU a block and its temporaries stay in the cache, an accelerator wants few large kernels.
 _BLOCK_SIZE_CPU = 1 << 16
@@ -36,19 +37,24 @@ class RotatE:
         return dim // 2
 
     def query(self, entity: Tensor, relation: Tensor, *, inverse: bool = False) -> Tensor:
-        """Return h rotated by r, or t rotated back; [batch, dim], [batch, dim / 2] -> [batch, dim]."""
+        """Return h rotated by r, or t rotated back; [..., batch, dim], [..., batch, dim / 2] -> [..., batch, dim]."""
         entity_re, entity_im = entity.chunk(2, dim=-1)  # [batch, dim / 2] each
         # A rotation keeps moduli: |h exp(i theta) - t| = |h - t exp(-i theta)|.
         cos, sin = relation.cos(), -relation.sin() if inverse else relation.sin()
         return torch.cat([entity_re * cos - entity_im * sin, entity_re * sin + entity_im * cos], dim=-1)
 
     def score(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score all pairs; [batch, dim], [num_candidates, dim] -> [batch, num_candidates]."""
-        return -_modulus_distance(query, candidates.unsqueeze(0))
+        """Score all pairs; [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
+        batch, num, dim = query.shape[-2], candidates.shape[-2], query.shape[-1]
+        pairs = zip(query.reshape(-1, batch, dim), candidates.reshape(-1, num, dim), strict=True)
+        distances = [_modulus_distance(q, c.unsqueeze(0)) for q, c in pairs]
+        return -torch.stack(distances).view(*query.shape[:-1], num)
 
-    def score_negatives(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score each query's own candidates; [batch, dim], [batch, num_negatives, dim] -> [batch, num_negatives]."""
-        return -_modulus_distance(query, candidates)
+    def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
+        dim, num = query.shape[-1], ids.shape[-1]
+        distance = _modulus_distance(query.reshape(-1, dim), gather_rows(table, ids).view(-1, num, dim))
+        return -distance.view(ids.shape)
 
 
 def _modulus_distance(query: Tensor, candidates: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ that the loss adds; it changes no ranking and is not part of the score.
 import torch
 from torch import Tensor
 
+from fedsim.models.kernels import gather_rows
+
 
 class TransE:
     """Negative L1 distance between the translated head and the tail."""
@@ -22,14 +24,14 @@ class TransE:
         return dim
 
     def query(self, entity: Tensor, relation: Tensor, *, inverse: bool = False) -> Tensor:
-        """Return h + r, or t - r with ``inverse``; [batch, dim], [batch, dim] -> [batch, dim]."""
+        """Return h + r, or t - r with ``inverse``; [..., batch, dim] twice -> [..., batch, dim]."""
         return entity - relation if inverse else entity + relation
 
     def score(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score all pairs; [batch, dim], [num_candidates, dim] -> [batch, num_candidates]."""
+        """Score all pairs; [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
         # cdist reduces as it goes: the [batch, num_candidates, dim] differences are never held in memory.
         return -torch.cdist(query, candidates, p=1.0)
 
-    def score_negatives(self, query: Tensor, candidates: Tensor) -> Tensor:
-        """Score each query's own candidates; [batch, dim], [batch, num_negatives, dim] -> [batch, num_negatives]."""
-        return -torch.cdist(query.unsqueeze(1), candidates, p=1.0).squeeze(1)
+    def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
+        return -torch.cdist(query.unsqueeze(-2), gather_rows(table, ids), p=1.0).squeeze(-2)
