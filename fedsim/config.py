@@ -167,6 +167,9 @@ class RuntimeConfig(Section):
     num_actors: Count | None = Field(
         None, description="client actors of a pool; null takes what the cluster has room for"
     )
+    clients_per_batch: Count | None = Field(
+        None, description="most clients that train as one stacked computation; 1 trains one by one, null chooses"
+    )
     cpus_per_actor: Positive = Field(0.5, description="CPUs reserved per client actor")
     gpus_per_client: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="fraction of a GPU per client actor")
     torch_threads: Count = Field(1, description="torch threads per process; the last digits depend on it")

@@ -1,0 +1,29 @@
+"""Clients that are trained and evaluated together (see `fedsim.federated.batches`)."""
+
+from collections.abc import Sequence
+
+from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.messages import Broadcast, ClientUpdate
+
+
+def train_clients(
+    clients: Sequence[Client], round_num: int, broadcast: Broadcast | None
+) -> list[tuple[ClientUpdate | None, ClientReport]]:
+    """Let clients take part in a round; results as of `Client.train`, in the order of `clients`.
+
+    Args:
+        clients: members of one batch.
+        round_num: the round, from 1.
+        broadcast: what the server published, of which each client gets its part; None without federation.
+    """
+    return [
+        client.train(round_num, broadcast.for_entities(client.entity_ids) if broadcast is not None else None)
+        for client in clients
+    ]
+
+
+def evaluate_clients(
+    clients: Sequence[Client], split: str, round_num: int, choose: bool
+) -> list[list[ClientEvaluation]]:
+    """Rank the triples of a split at each client; results as of `Client.evaluate`, in the order of `clients`."""
+    return [client.evaluate(split, round_num, choose=choose) for client in clients]

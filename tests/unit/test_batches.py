@@ -1,0 +1,36 @@
+"""Which clients share a batch."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsim.config import make_config
+from fedsim.federated.batches import ClientSize, plan_batches
+
+SIZES = {0: ClientSize(10, 90), 1: ClientSize(500, 900), 2: ClientSize(11, 80), 3: ClientSize(480, 900)}
+
+
+def _batches(sizes: dict[int, ClientSize], **runtime: Any) -> tuple[tuple[int, ...], ...]:
+    return plan_batches(make_config({"runtime": runtime}), sizes)
+
+
+def test_similar_clients_share_a_batch() -> None:
+    assert _batches(SIZES, clients_per_batch=2) == ((0, 2), (1, 3))
+
+
+@pytest.mark.parametrize("runtime", [{"clients_per_batch": 1}, {"clients_per_batch": 4, "placement": "dedicated"}])
+def test_one_by_one(runtime: dict[str, Any]) -> None:
+    assert _batches(SIZES, **runtime) == ((0,), (1,), (2,), (3,))
+
+
+@given(
+    sizes=st.dictionaries(st.integers(0, 50), st.builds(ClientSize, st.integers(1, 9), st.integers(1, 9)), min_size=1),
+    limit=st.integers(1, 5),
+)
+def test_every_client_is_in_one_batch_whatever_the_order(sizes: dict[int, ClientSize], limit: int) -> None:
+    batches = _batches(sizes, clients_per_batch=limit)
+    assert sorted(client for batch in batches for client in batch) == sorted(sizes)
+    assert max(map(len, batches)) <= limit
+    assert batches == _batches(dict(reversed(sizes.items())), clients_per_batch=limit)
