@@ -1,13 +1,14 @@
 """Optimisers as functions of values: parameters and state go in, and are updated in place.
 
-State is a flat dict of tensors named ``<slot>/<parameter>``, so that it can be checkpointed, reset by name, and later
-stacked over clients.
+State is a flat dict of tensors named ``<slot>/<parameter>``, so that it can be checkpointed, reset by name and stacked
+over clients.
 """
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as fused_adam
 
 from fedsim.models.parameters import Params
 
@@ -15,18 +16,54 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 
 def adam(params: Params, grads: Mapping[str, Tensor], state: Params, learning_rate: float) -> None:
-    """Take one Adam step (Kingma and Ba, ICLR 2015) on the parameters that have a gradient."""
+    """Take one Adam step (Kingma and Ba, ICLR 2015) on the parameters that have a gradient.
+
+    Clients may be stacked: a parameter then has a leading dimension [clients], and so may its count of steps, int64
+    [clients], where clients have taken different numbers of steps. Parameters and state are written in place, so
+    leading slices of larger tensors may be passed. State that is missing starts at zero, with one count for all.
+
+    Args:
+        params: name -> contiguous tensor.
+        grads: name -> gradient.
+        state: ``steps/<name>``, ``first/<name>`` and ``second/<name>``.
+        learning_rate: of all parameters.
+    """
+    groups: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []  # each with a count of its own
     for name, grad in grads.items():
         if f"steps/{name}" not in state:
             state[f"steps/{name}"] = torch.zeros((), dtype=torch.int64)
             state[f"first/{name}"] = torch.zeros_like(params[name])
             state[f"second/{name}"] = torch.zeros_like(params[name])
-        state[f"steps/{name}"] += 1
-        steps = int(state[f"steps/{name}"])
-        first = state[f"first/{name}"].mul_(BETA_1).add_(grad, alpha=1 - BETA_1)
-        second = state[f"second/{name}"].mul_(BETA_2).addcmul_(grad, grad, value=1 - BETA_2)
-        denominator = (second / (1 - BETA_2**steps)).sqrt_().add_(EPSILON)
-        params[name].addcdiv_(first, denominator, value=-learning_rate / (1 - BETA_1**steps))
+        steps = state[f"steps/{name}"]
+        values = (params[name], grad.contiguous(), state[f"first/{name}"], state[f"second/{name}"])
+        # The fused kernel runs over the memory of the four alike, whatever their strides.
+        assert all(value.is_contiguous() for value in values), f"{name}: not contiguous"
+        counts = steps.tolist()
+        if isinstance(counts, int):
+            groups.append((*values, counts))
+        elif counts and min(counts) == max(counts):
+            groups.append((*values, counts[0]))
+        else:
+            groups += list(zip(*values, counts, strict=True))
+        steps += 1
+    if not groups:
+        return
+    fused_adam(
+        [group[0] for group in groups],
+        [group[1] for group in groups],
+        [group[2] for group in groups],
+        [group[3] for group in groups],
+        [],
+        [torch.tensor(float(group[4]), device=group[0].device) for group in groups],
+        fused=True,
+        amsgrad=False,
+        beta1=BETA_1,
+        beta2=BETA_2,
+        lr=learning_rate,
+        weight_decay=0.0,
+        eps=EPSILON,
+        maximize=False,
+    )
 
 
 def adagrad(params: Params, grads: Mapping[str, Tensor], state: Params, learning_rate: float) -> None:

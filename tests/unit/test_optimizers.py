@@ -50,6 +50,45 @@ def test_the_first_step_of_adam_by_hand() -> None:
     assert torch.allclose(params["a"], torch.tensor([0.9]))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stacked_clients_step_as_each_alone(name: str) -> None:
+    """Three clients with 0, 2 and 5 steps behind them; then only the first two step, as slices of the stack."""
+    update = OPTIMIZERS[name]
+    values = torch.randn(3, 4, 2, generator=generator())
+    alone: list[tuple[Params, Params]] = [({"a": value.clone()}, {}) for value in values]
+    slots = ["second"] if name == "adagrad" else ["first", "second"]
+    stack = {"a": values.clone()}
+    state = {f"{slot}/a": torch.zeros_like(values) for slot in slots}
+    if name == "adam":
+        state["steps/a"] = torch.zeros(3, dtype=torch.int64)
+    for client, num_steps in enumerate((0, 2, 5)):
+        for step in range(num_steps):
+            grad = torch.randn(4, 2, generator=generator(step))
+            update(alone[client][0], {"a": grad}, alone[client][1], 0.1)
+            own = {slot: value[client] for slot, value in state.items()}
+            update({"a": stack["a"][client]}, {"a": grad}, own, 0.1)
+    for num_clients in (3, 2):
+        grads = torch.randn(num_clients, 4, 2, generator=generator(num_clients))
+        cut = {slot: value[:num_clients] for slot, value in state.items()}
+        update({"a": stack["a"][:num_clients]}, {"a": grads}, cut, 0.1)
+        for (params, own), grad in zip(alone[:num_clients], grads, strict=True):
+            update(params, {"a": grad}, own, 0.1)
+    torch.testing.assert_close(stack["a"], torch.stack([params["a"] for params, _ in alone]))
+    for slot, value in state.items():
+        torch.testing.assert_close(value, torch.stack([own[slot] for _, own in alone]))
+
+
+def test_adam_reads_a_gradient_that_is_not_contiguous() -> None:
+    grad = torch.randn(4, 3, generator=generator())
+    results = []
+    for given in (grad.mT, grad.mT.contiguous()):
+        params = {"a": torch.ones(3, 4)}
+        OPTIMIZERS["adam"](params, {"a": given}, {}, 0.1)
+        OPTIMIZERS["adam"](params, {"a": given.square()}, {}, 0.1)
+        results.append(params["a"])
+    assert torch.equal(*results)
+
+
 def test_state_is_forgotten_by_prefix() -> None:
     params = {"global/a": torch.ones(1), "local/a": torch.ones(1)}
     state: Params = {}
