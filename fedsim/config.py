@@ -150,6 +150,18 @@ class DistillationConfig(Section):
     proximal: Weight = Field(1.0, description="mu of eq. 13")
 
 
+class CommunicationConfig(Section):
+    """What crosses between clients and server, and how precisely (method.md section 5)."""
+
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="precision of all numbers sent, up and down; sums and models stay float32"
+    )
+    top_k: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of a client's rows sent, up and down, those that changed most; null sends all"
+    )
+    full_every: Count = Field(4, description="with top_k, every so many rounds all rows are sent, from round 1 on")
+
+
 class EvaluationConfig(Section):
     """Filtered ranking (method.md section 7)."""
 
@@ -195,6 +207,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
     distillation: DistillationConfig = DistillationConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

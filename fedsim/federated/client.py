@@ -13,6 +13,7 @@ from fedsim.data.clients import ClientData
 from fedsim.data.dataset import Triples
 from fedsim.errors import FedSimError, RunError
 from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples, summarise, weighted_mean
+from fedsim.federated.compression import Exchange
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, message_bytes
 from fedsim.federated.strategy import Strategy
 from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes
@@ -90,7 +91,7 @@ class Client:
             len(data.relation_ids), self._generator("init/relation", 0)
         ).to(device)
         self.prototypes: Prototypes | None = None
-        self.sent: tuple[int, Tensor, Tensor] | None = None  # round, tokens [num_modalities, n, dim], present
+        self.exchange = Exchange(config.communication, data.client, self.entity_ids)
         self.combination: float | None = 0.5 if len(strategy.views) > 1 else None
         self._imputations: dict[tuple[str, int], Imputation | None] = {}
         if not strategy.federated:
@@ -102,20 +103,21 @@ class Client:
 
     def join(self, broadcast: Broadcast) -> None:
         """Take the initial global model, so that every client has one before its first round."""
-        self._receive(broadcast)
+        self._receive(self.exchange.download(broadcast))
 
     def train(self, round_num: int, broadcast: Broadcast | None) -> tuple[ClientUpdate | None, ClientReport]:
         """Take part in a round.
 
         Args:
             round_num: the round, from 1.
-            broadcast: what the server sent to this client; None without federation.
+            broadcast: the server's model for this client's entities; None without federation.
 
         Returns:
             The message to the server (None without federation) and a report.
         """
         started = time.perf_counter()
         if broadcast is not None:
+            broadcast = self.exchange.download(broadcast)
             self._receive(broadcast)
         self._reset_optimizer()
         self._imputations.clear()
@@ -207,12 +209,7 @@ class Client:
             state["combination"] = torch.tensor(self.combination, dtype=torch.float64)
         if self.prototypes is not None:
             state |= {"prototypes/values": self.prototypes.values, "prototypes/present": self.prototypes.present}
-        if self.sent is not None:
-            state |= {
-                "sent/round": torch.tensor(self.sent[0]),
-                "sent/tokens": self.sent[1],
-                "sent/present": self.sent[2],
-            }
+        state |= with_prefix(self.exchange.state(), "exchange")
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -227,11 +224,10 @@ class Client:
         )
         self._imputations.clear()
         self.combination = float(state["combination"]) if "combination" in state else None
-        self.prototypes = self.sent = None
+        self.prototypes = None
         if "prototypes/values" in state:
             self.prototypes = Prototypes(whole["prototypes/values"], whole["prototypes/present"])
-        if "sent/round" in state:
-            self.sent = (int(state["sent/round"]), whole["sent/tokens"], whole["sent/present"])
+        self.exchange.load_state(select_view(state, "exchange"))
 
     def _generator(self, purpose: str, round_num: int) -> torch.Generator:
         return torch_generator(self.config.seed, purpose, round_num=round_num, client=self.data.client)
@@ -256,22 +252,11 @@ class Client:
 
     def _receive(self, broadcast: Broadcast) -> None:
         """Start the global copy anew from the server's model; a private model starts there once."""
-        params = {"entity": broadcast.entity, **broadcast.modules}
+        own = self.values.params.get("global/entity")
+        params, self.prototypes = self.exchange.unpack(broadcast, own, self.prototypes)
         for view in self.strategy.views:
             if view == "global" or f"{view}/entity" not in self.values.params:
                 self._set_view(view, params)
-        if broadcast.prototypes is not None:
-            table = broadcast.prototypes
-            values, counts = table.values.to(self.device), table.counts.to(self.device)
-            if self.sent is not None:
-                # Take this client's own tokens out, or the denoiser would be shown what it has to recover.
-                sent_round, tokens, present = self.sent
-                own = present & (table.rounds.to(self.device) == sent_round)
-                counts = counts - own.to(counts.dtype)
-                total = values * (counts + own).unsqueeze(-1) - tokens * own.unsqueeze(-1)
-                values = torch.where(own.unsqueeze(-1), total / counts.clamp(min=1).unsqueeze(-1), values)
-            has_any = counts > 0
-            self.prototypes = Prototypes(values * has_any.unsqueeze(-1), has_any)
 
     def _reset_optimizer(self) -> None:
         reset = self.config.training.reset_optimizer
@@ -292,22 +277,18 @@ class Client:
         )
         modules = {name: value.cpu().clone() for name, value in self._view("global").items() if name != "entity"}
         entity = self.values.params["global/entity"].cpu().clone()
-        present = tokens = None
-        if extras.token_present is not None and extras.tokens is not None:
-            sent = extras.tokens.new_zeros(*extras.token_present.shape, self.model.dim)
-            sent[extras.token_present] = extras.tokens
-            self.sent = (round_num, sent, extras.token_present)
-            present, tokens = extras.token_present.cpu(), extras.tokens.cpu()
-        return ClientUpdate(
-            self.data.client,
-            round_num,
-            len(self.data.train),
-            self.entity_ids,
-            entity,
-            modules,
-            present,
-            tokens,
-            extras.soft_queries,
+        return self.exchange.upload(
+            ClientUpdate(
+                self.data.client,
+                round_num,
+                len(self.data.train),
+                self.entity_ids,
+                entity,
+                modules,
+                extras.token_present.cpu() if extras.token_present is not None else None,
+                extras.tokens.cpu() if extras.tokens is not None else None,
+                extras.soft_queries,
+            )
         )
 
     def _imputation(self, view: str, round_num: int) -> Imputation | None:

@@ -27,6 +27,10 @@ class PrototypeTable:
     counts: Tensor
     rounds: Tensor
 
+    def for_entities(self, rows: Tensor) -> "PrototypeTable":
+        """Keep some entities' prototypes, int64 [num_rows]."""
+        return PrototypeTable(self.values[:, rows], self.counts[:, rows], self.rounds[:, rows])
+
 
 @dataclass(frozen=True)
 class Broadcast:
@@ -39,20 +43,18 @@ class Broadcast:
         entity: structure rows G, [num_entities, dim].
         modules: shared modules.
         prototypes: or None if the strategy has none (yet).
+        rows: positions of the rows and prototypes among the client's entities, int64 [num_rows]; None if all are there.
     """
 
     round_num: int
     entity: Tensor
     modules: Params
     prototypes: PrototypeTable | None
+    rows: Tensor | None = None
 
     def for_entities(self, entity_ids: Tensor) -> "Broadcast":
         """Keep the rows of one client's entities, int64 [num_entities]."""
-        prototypes = self.prototypes
-        if prototypes is not None:
-            prototypes = PrototypeTable(
-                prototypes.values[:, entity_ids], prototypes.counts[:, entity_ids], prototypes.rounds[:, entity_ids]
-            )
+        prototypes = self.prototypes.for_entities(entity_ids) if self.prototypes is not None else None
         return Broadcast(self.round_num, self.entity[entity_ids], self.modules, prototypes)
 
 
@@ -75,11 +77,13 @@ class SoftQueries:
 class ClientUpdate:
     """Client to server, once per round.
 
+    All of the client's entities are in it, or with `communication.top_k` those whose rows changed most.
+
     Attributes:
         client: the client's id.
         round_num: the round, from 1.
         num_triples: training triples, the weight of its modules.
-        entity_ids: global ids of its entities, int64 [num_entities].
+        entity_ids: global ids of the entities in it, sorted, int64 [num_entities].
         entity: its rows of the global copy, [num_entities, dim].
         modules: its shared modules.
         token_present: bool [num_modalities, num_entities], o_m(e); None if the strategy sends no tokens.

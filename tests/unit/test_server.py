@@ -10,6 +10,7 @@ import torch
 
 from experiments import COUPLINGS, small_config, small_runtime
 from fedsim.errors import RunError
+from fedsim.federated.compression import SentTokens
 from fedsim.federated.messages import ClientHello, ClientUpdate, PrototypeTable
 from fedsim.federated.runtime import InProcessRuntime, make_strategy
 from fedsim.federated.server import Server
@@ -132,7 +133,7 @@ def test_a_client_is_shown_the_prototypes_of_the_others_alone() -> None:
     runtime = _mmfed3()
     runtime.train(1, [0, 1, 2])
     assert runtime.server is not None
-    sent = {number: client.sent for number, client in runtime.clients.items()}
+    sent = {number: client.exchange.sent for number, client in runtime.clients.items()}
     broadcast = runtime.server.begin_round(2)
     for number, client in runtime.clients.items():
         client.join(broadcast.for_entities(client.entity_ids))
@@ -142,8 +143,8 @@ def test_a_client_is_shown_the_prototypes_of_the_others_alone() -> None:
                 tokens = []
                 for other, message in sent.items():
                     place = (runtime.clients[other].entity_ids == entity).nonzero().flatten()
-                    if other != number and len(place) and message is not None and message[2][modality, place[0]]:
-                        tokens.append(message[1][modality, place[0]])
+                    if other != number and len(place) and message is not None and message.rounds[modality, place[0]]:
+                        tokens.append(message.values[modality, place[0]])
                 assert bool(client.prototypes.present[modality, row]) == bool(tokens)
                 if tokens:
                     expected = torch.stack(tokens).mean(0)
@@ -158,7 +159,7 @@ def test_an_old_message_is_not_taken_out_of_newer_prototypes() -> None:
     client = runtime.clients[0]
     assert runtime.server is not None
     num = len(client.entity_ids)
-    client.sent = (1, torch.ones(2, num, 8), torch.ones(2, num, dtype=torch.bool))
+    client.exchange.sent = SentTokens(torch.ones(2, num, 8), torch.ones(2, num).long())
     table = PrototypeTable(torch.full((2, num, 8), 5.0), torch.ones(2, num).long(), torch.full((2, num), 2))
     broadcast = runtime.server.begin_round(3).for_entities(client.entity_ids)
     client.join(replace(broadcast, prototypes=table))
