@@ -31,6 +31,11 @@ class MMFeD3(Strategy):
         """Whether clients send projected tokens (eq. 11)."""
         return self.config.distillation.send_prototypes
 
+    @property
+    def sends_soft_queries(self) -> bool:
+        """Whether clients send soft queries (eq. 13)."""
+        return self.config.distillation.num_soft_queries > 0 and self.config.distillation.server_steps > 0
+
     def couple(self, round_num: int, forwards: Mapping[str, Forward]) -> dict[str, Tensor]:
         """Return the logit terms of eq. 9 and the feature terms of eq. 10, after the warm-up."""
         config = self.config.distillation
@@ -67,7 +72,7 @@ class MMFeD3(Strategy):
             if self.sends_prototypes and model.imputes:
                 present = table.available[1:].clone()
                 tokens = table.values[1:][present]
-            if self.config.distillation.num_soft_queries > 0 and self.config.distillation.server_steps > 0:
+            if self.sends_soft_queries:
                 soft = self._soft_queries(model, values, inputs, entity_ids, tables(), generator)
         return Extras(present, tokens, soft)
 

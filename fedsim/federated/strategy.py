@@ -67,6 +67,11 @@ class Strategy:
         """Whether clients send projected tokens and the server prototypes."""
         return False
 
+    @property
+    def sends_soft_queries(self) -> bool:
+        """Whether clients send soft queries."""
+        return False
+
     def couple(self, round_num: int, forwards: Mapping[str, Forward]) -> dict[str, Tensor]:
         """Return loss terms between the views of one step."""
         return {}
