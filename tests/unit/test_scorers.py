@@ -10,8 +10,8 @@ from pykeen.nn.modules import ComplExInteraction, DistMultInteraction, RotatEInt
 from torch import Tensor
 
 from fedsim.errors import ConfigError
+from fedsim.models import kernels
 from fedsim.models.scorers import SCORERS, Scorer
-from fedsim.models.scorers import rotate as rotate_module
 
 every_scorer = pytest.mark.parametrize("scorer", SCORERS.values(), ids=SCORERS.keys())
 
@@ -134,25 +134,26 @@ def test_gradients_are_finite_at_and_near_distance_zero(scorer: Scorer, offset: 
             assert gradient.abs().max() <= 3.01 * slope  # at most 1 per pair, and a vector takes part in 3 pairs
 
 
-@given(block_size=st.integers(1, 200), seed=st.integers(0, 2**32))
+@every_scorer
+@given(block_size=st.integers(1, 300), columns=st.integers(1, 9), seed=st.integers(0, 2**32))
 @settings(max_examples=15)
-def test_rotate_blocks_change_nothing(block_size: int, seed: int) -> None:
-    rotate = SCORERS["rotate"]
-    entity, relation, candidates = draw(rotate, 5, 7, 6, seed)
-    ids = torch.randint(7, (5, 9), generator=torch.Generator().manual_seed(seed))
+def test_blocks_change_nothing(scorer: Scorer, block_size: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, table = (torch.randn(2, rows, 6, generator=generator, dtype=torch.float64) for rows in (5, 7))
+    ids = torch.randint(7, (2, 5, 9), generator=generator)
+    query.requires_grad_()
+    table.requires_grad_()
 
     def scores_and_gradients() -> list[Tensor]:
-        query = rotate.query(entity, relation).requires_grad_()
         results = []
-        for score in (rotate.score, lambda query, table: rotate.score_negatives(query, table, ids)):
-            leaf = candidates.clone().requires_grad_()
-            scores = score(query, leaf)
-            results += [scores, *torch.autograd.grad(scores.square().sum(), (query, leaf))]
+        for scores in (scorer.score(query, table), scorer.score_negatives(query, table, ids)):
+            results += [scores, *torch.autograd.grad(scores.square().sum(), (query, table))]
         return results
 
     expected = scores_and_gradients()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotate_module, "_BLOCK_SIZE_CPU", block_size)
+        patch.setattr(kernels, "_BLOCK_SIZE_CPU", block_size)
+        patch.setattr(kernels, "_BLOCK_COLUMNS_CPU", columns)
         torch.testing.assert_close(scores_and_gradients(), expected)
 
 

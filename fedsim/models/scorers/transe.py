@@ -8,10 +8,9 @@ Symbols: h, t = `entity` or a candidate; r = `relation`, as wide as an entity. T
 that the loss adds; it changes no ranking and is not part of the score.
 """
 
-import torch
 from torch import Tensor
 
-from fedsim.models.kernels import gather_rows
+from fedsim.models.kernels import L1, distance, distance_rows
 
 
 class TransE:
@@ -29,9 +28,8 @@ class TransE:
 
     def score(self, query: Tensor, candidates: Tensor) -> Tensor:
         """Score all pairs; [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
-        # cdist reduces as it goes: the [batch, num_candidates, dim] differences are never held in memory.
-        return -torch.cdist(query, candidates, p=1.0)
+        return -distance(query, candidates, L1)
 
     def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
-        return -torch.cdist(query.unsqueeze(-2), gather_rows(table, ids), p=1.0).squeeze(-2)
+        return -distance_rows(query, table, ids, L1)
