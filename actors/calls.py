@@ -32,6 +32,7 @@ class Call(Generic[T]):
         node: address of the actor's node.
         what: what it does, for example ``training in round 2``.
         submit: makes the call.
+        clients: whose work it is, if it is a batch of clients.
     """
 
     who: str
@@ -39,6 +40,7 @@ class Call(Generic[T]):
     node: str
     what: str
     submit: "Callable[[], ObjectRef[T]]"
+    clients: tuple[int, ...] = ()
 
 
 @dataclass
@@ -59,14 +61,14 @@ def collect(queues: Sequence[Sequence[Call[T]]], timeout_seconds: float) -> Iter
     """
     waiting = [deque(queue) for queue in queues]
     running: dict[ObjectRef[T], _Running] = {}
+    busy = [0] * len(waiting)
     since = [time.monotonic()] * len(waiting)  # when the actor began what it does now
 
     def fill(index: int) -> None:
-        busy = sum(item.queue == index for item in running.values())
-        while waiting[index] and busy < DEPTH:
+        while waiting[index] and busy[index] < DEPTH:
             call = waiting[index].popleft()
             running[call.submit()] = _Running(call, index)
-            busy += 1
+            busy[index] += 1
 
     for index in range(len(waiting)):
         fill(index)
@@ -83,6 +85,7 @@ def collect(queues: Sequence[Sequence[Call[T]]], timeout_seconds: float) -> Iter
             done = running.pop(ref)
             result = _fetch(ref, done.call)
             since[done.queue] = time.monotonic()
+            busy[done.queue] -= 1
             fill(done.queue)
             yield done.call, result
 

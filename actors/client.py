@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
@@ -9,19 +10,21 @@ import torch
 from torch import Tensor
 
 from actors.tensors import share_tensors
-from fedsim.checkpoint import client_file, load_tensors, save_tensors
+from fedsim.checkpoint import load_clients, save_clients
 from fedsim.config import Config
 from fedsim.data.clients import ClientData
 from fedsim.evaluation.consistency import TokenSample, sample_tokens
 from fedsim.evaluation.imputation import measure_imputation
+from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.client_batch import evaluate_clients, train_clients
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import client_device, make_client
 from fedsim.process import settle_process
 
 
 class _ClientActor:
-    """Holds one or more clients and their private data.
+    """Holds one or more batches of clients and their private data.
 
     Args:
         name: of the actor.
@@ -31,6 +34,8 @@ class _ClientActor:
     def __init__(self, name: str, config: Config) -> None:
         self.name, self.config = name, config
         self.clients: dict[int, Client] = {}
+        self.shape: SumShape | None = None
+        self.sums: RoundSums | None = None
         share_tensors()
         settle_process(config.runtime.torch_threads)
         # Private data is read from Ray's shared memory, and never written.
@@ -40,56 +45,92 @@ class _ClientActor:
         return self.name
 
     @ray.method
-    def start(self) -> tuple[str, int]:
-        """Take hold of the device; return the address of the node, and the process id there."""
+    def start(self) -> tuple[str, str, int]:
+        """Take hold of the device; return the address and the id of the node, and the process id there."""
         if client_device(self.config).type == "cuda":
             # Ray counts shares of a GPU and does not enforce them: without this, one actor can starve the others.
             torch.cuda.set_per_process_memory_fraction(self.config.runtime.gpus_per_client)
-        return str(ray.util.get_node_ip_address()), os.getpid()
+        return str(ray.util.get_node_ip_address()), ray.get_runtime_context().get_node_id(), os.getpid()
 
     @ray.method
-    def add_client(self, data: ClientData) -> None:
-        """Make a client of its data."""
-        self.clients[data.client] = make_client(data, self.config, client_device(self.config))
+    def add_clients(self, data: Sequence[ClientData]) -> None:
+        """Make clients of their data."""
+        device = client_device(self.config)
+        self.clients |= {item.client: make_client(item, self.config, device) for item in data}
 
     @ray.method
-    def hello(self, client: int) -> ClientHello:
-        """Forward to `Client.hello`."""
-        return self.clients[client].hello()
+    def hello(self) -> list[ClientHello]:
+        """Forward to each client's `Client.hello`."""
+        return [client.hello() for client in self.clients.values()]
 
     @ray.method
-    def join(self, client: int, broadcast: Broadcast) -> None:
-        """Cut out the client's part of the broadcast and forward to `Client.join`."""
-        self.clients[client].join(broadcast.for_entities(self.clients[client].entity_ids))
+    def join(self, broadcast: Broadcast, shape: SumShape) -> None:
+        """Cut out each client's part of the broadcast and forward to `Client.join`; learn the shape of the sums."""
+        self.shape = shape
+        for client in self.clients.values():
+            client.join(broadcast.for_entities(client.entity_ids))
 
     @ray.method(num_returns=2)
     def train(
-        self, client: int, round_num: int, broadcast: Broadcast | None
-    ) -> tuple[ClientUpdate | None, ClientReport]:
-        """Cut out the client's part of the broadcast and forward to `Client.train`."""
-        held = self.clients[client]
-        return held.train(round_num, broadcast.for_entities(held.entity_ids) if broadcast is not None else None)
+        self, clients: Sequence[int], round_num: int, broadcast: Broadcast | None
+    ) -> tuple[list[ClientUpdate], list[ClientReport]]:
+        """Forward to `train_clients`; the updates go to the server."""
+        results = train_clients([self.clients[client] for client in clients], round_num, broadcast)
+        return [update for update, _ in results if update is not None], [report for _, report in results]
 
     @ray.method
-    def evaluate(self, client: int, split: str, round_num: int, choose: bool) -> list[ClientEvaluation]:
-        """Forward to `Client.evaluate`."""
-        return self.clients[client].evaluate(split, round_num, choose=choose)
+    def train_and_sum(self, clients: Sequence[int], round_num: int, broadcast: Broadcast) -> list[ClientReport]:
+        """Forward to `train_clients`; the updates stay here as sums, see `sum_up`."""
+        reports = []
+        sums = self._sums(round_num)
+        for update, report in train_clients([self.clients[client] for client in clients], round_num, broadcast):
+            assert update is not None, "a client that got a broadcast answers it"
+            sums.add(update)
+            reports.append(report)
+        return reports
+
+    @ray.method(num_returns=2)
+    def sum_up(self, round_num: int, *others: PartialSums) -> tuple[PartialSums, int]:
+        """Return the round's sums with those of other actors of the node, and the number of updates in them."""
+        sums = self._sums(round_num)
+        for other in others:
+            sums.merge(other)
+        self.sums = None
+        return sums.partial(), len(sums.received)
 
     @ray.method
-    def measure(self, client: int, shared: Tensor, round_num: int) -> tuple[dict[str, float], TokenSample]:
-        """Measure a client's imputation, and sample its tokens of the shared entities, int64 [num_shared]."""
-        held = self.clients[client]
-        return measure_imputation(held, round_num), sample_tokens(held, shared, round_num)
+    def evaluate(
+        self, clients: Sequence[int], split: str, round_num: int, choose: bool
+    ) -> list[list[ClientEvaluation]]:
+        """Forward to `evaluate_clients`."""
+        return evaluate_clients([self.clients[client] for client in clients], split, round_num, choose)
 
     @ray.method
-    def save(self, client: int, folder: Path) -> None:
-        """Write a client's file of a checkpoint."""
-        save_tensors(self.clients[client].state(), client_file(folder, client))
+    def measure(
+        self, clients: Sequence[int], shared: Tensor, round_num: int
+    ) -> list[tuple[dict[str, float], TokenSample]]:
+        """Measure each client's imputation, and sample its tokens of the shared entities, int64 [num_shared]."""
+        held = [self.clients[client] for client in clients]
+        return [(measure_imputation(client, round_num), sample_tokens(client, shared, round_num)) for client in held]
 
     @ray.method
-    def load(self, client: int, folder: Path) -> None:
-        """Read a client's file of a checkpoint."""
-        self.clients[client].load_state(load_tensors(client_file(folder, client)))
+    def save(self, clients: Sequence[int], folder: Path) -> None:
+        """Write the file of a batch of clients of a checkpoint."""
+        save_clients({client: self.clients[client].state() for client in clients}, folder)
+
+    @ray.method
+    def load(self, clients: Sequence[int], folder: Path) -> None:
+        """Read the file of a batch of clients of a checkpoint."""
+        for client, state in load_clients(clients, folder).items():
+            self.clients[client].load_state(state)
+
+    def _sums(self, round_num: int) -> RoundSums:
+        """Return the sums of a round, opened anew when the round begins."""
+        if self.sums is None or self.sums.round_num != round_num:
+            assert self.shape is not None, "clients join before they train"
+            ownership = {number: client.entity_ids for number, client in self.clients.items()}
+            self.sums = RoundSums(self.shape, round_num, ownership)
+        return self.sums
 
 
 ClientActor = ray.remote(_ClientActor)

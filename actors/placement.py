@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from fedsim.config import RuntimeConfig
 from fedsim.errors import RunError
 
 ACTOR_BYTES = 250_000_000  # private memory of a process that has imported torch, measured on Linux
+Batch: TypeAlias = tuple[int, ...]
 EPSILON = 1e-6  # shares such as 0.1 are not exact in binary
 
 
@@ -27,14 +28,14 @@ class PlacementPlan:
 
     Attributes:
         kind: one actor per client, or a pool.
-        groups: client ids of each actor.
+        groups: the batches of client ids of each actor.
         num_cpus: CPUs reserved per actor, and for the server.
         num_gpus: GPUs reserved per client actor.
         lines: what was chosen and why, for the user.
     """
 
     kind: Literal["dedicated", "pooled"]
-    groups: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[Batch, ...], ...]
     num_cpus: float
     num_gpus: float
     lines: tuple[str, ...]
@@ -54,7 +55,7 @@ class _Limit:
 
 def plan_placement(
     config: RuntimeConfig,
-    sizes: Mapping[int, int],
+    work: Mapping[Batch, float],
     nodes: Sequence[NodeResources],
     free: NodeResources,
     *,
@@ -64,7 +65,7 @@ def plan_placement(
 
     Args:
         config: placement asked for and resources per actor.
-        sizes: client id -> amount of work; actors of a pool get about the same.
+        work: batch of clients -> amount of work; actors of a pool get about the same.
         nodes: what each node has.
         free: what all nodes together have free.
         with_server: leave room for a server actor.
@@ -72,42 +73,45 @@ def plan_placement(
     Raises:
         RunError: if the cluster is too small for what the config asks, naming what is needed and what there is.
     """
-    num_clients = len(sizes)
+    num_clients, singles = sum(map(len, work)), all(len(batch) == 1 for batch in work)
     limits = _limits(config, nodes, free, num_clients, with_server)
     tightest = min(limits, key=lambda limit: limit.num_actors)
     fits = max(min(tightest.num_actors, _packed(config, nodes, with_server)), 0)
     if config.placement == "dedicated" and fits < num_clients:
         raise RunError(_too_small(f"dedicated placement of {num_clients} clients", num_clients, tightest, with_server))
-    if config.placement == "dedicated" or (config.placement == "auto" and fits >= num_clients):
+    if config.placement == "dedicated" or (config.placement == "auto" and singles and fits >= num_clients):
         why = "as asked" if config.placement == "dedicated" else f"the cluster has room for all {num_clients}"
-        groups = tuple((client,) for client in sorted(sizes))
+        groups = tuple((batch,) for batch in sorted(work))
         return _plan("dedicated", groups, config, why, with_server)
-    wanted = min(config.num_actors or max(fits, 1), num_clients)
+    wanted = min(config.num_actors or max(fits, 1), len(work))
     if wanted > fits:
         raise RunError(_too_small(f"a pool of {wanted} client actors", wanted, tightest, with_server))
-    why = "as asked" if config.placement == "pooled" else f"room for {fits} client actors, not for {num_clients}"
-    return _plan("pooled", deal(sizes, wanted), config, why, with_server)
+    why = f"room for {fits} client actors, not for {num_clients}"
+    if fits >= num_clients:
+        why = f"{num_clients} clients train together in {len(work)} batches"
+    why = "as asked" if config.placement == "pooled" else why
+    return _plan("pooled", deal(work, wanted), config, why, with_server)
 
 
-def deal(sizes: Mapping[int, int], num_actors: int) -> tuple[tuple[int, ...], ...]:
-    """Deal clients to actors, the largest first and each to the actor with the least work."""
-    groups: list[list[int]] = [[] for _ in range(num_actors)]
-    load = [0] * num_actors
-    for client in sorted(sizes, key=lambda client: (-sizes[client], client)):
+def deal(work: Mapping[Batch, float], num_actors: int) -> tuple[tuple[Batch, ...], ...]:
+    """Deal batches to actors, the longest first and each to the actor with the least work, in that order."""
+    groups: list[list[Batch]] = [[] for _ in range(num_actors)]
+    load = [0.0] * num_actors
+    for batch in sorted(work, key=lambda batch: (-work[batch], batch)):
         target = load.index(min(load))
-        groups[target].append(client)
-        load[target] += max(sizes[client], 1)
-    return tuple(tuple(sorted(group)) for group in groups)
+        groups[target].append(batch)
+        load[target] += max(work[batch], 1.0)
+    return tuple(tuple(group) for group in groups)
 
 
 def _plan(
     kind: Literal["dedicated", "pooled"],
-    groups: tuple[tuple[int, ...], ...],
+    groups: tuple[tuple[Batch, ...], ...],
     config: RuntimeConfig,
     why: str,
     with_server: bool,
 ) -> PlacementPlan:
-    num_clients = sum(len(group) for group in groups)
+    num_clients = sum(len(batch) for group in groups for batch in group)
     actors = "1 client actor" if len(groups) == 1 else f"{len(groups)} client actors"
     gpus = f" and {config.gpus_per_client:g} GPU" if config.gpus_per_client > 0 else ""
     server = f", server actor on {config.cpus_per_actor:g} CPU" if with_server else ""

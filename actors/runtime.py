@@ -21,9 +21,11 @@ from ray.actor import ActorHandle, ActorProxy
 from actors.calls import Call, collect, result_of
 from actors.client import ClientActor, _ClientActor
 from actors.cluster import connect, settled_resources
-from actors.placement import plan_placement
+from actors.placement import Batch, plan_placement
 from actors.server import ServerActor, _ServerActor
 from fedsim.evaluation.consistency import semantic_consistency, shared_entities
+from fedsim.federated.aggregation import PartialSums
+from fedsim.federated.batches import plan_batches
 from fedsim.federated.client import ClientEvaluation, ClientReport
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.runtime import (
@@ -31,8 +33,10 @@ from fedsim.federated.runtime import (
     Measurements,
     RoundResult,
     Runtime,
+    client_sizes,
     make_strategy,
     phase_seconds,
+    sampled,
 )
 from fedsim.process import pin_threads
 
@@ -40,18 +44,26 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_NAMED = 8  # clients of a batch that a message names
+
 _run_numbers = itertools.count(1)  # a name is free again only some time after its actor ended
 
 
 @dataclass
 class _Held:
-    """One client actor: its handle, its name, its clients, and its node once it has started."""
+    """One client actor: its handle, its name, its batches of clients, and where it is once it has started."""
 
     actor: ActorProxy[_ClientActor]
     name: str
-    clients: tuple[int, ...]
+    batches: tuple[Batch, ...]
     node: str = "not known yet"
+    node_id: str = ""
     pid: int = 0
+
+    @property
+    def clients(self) -> list[int]:
+        """All clients that the actor holds."""
+        return [client for batch in self.batches for client in batch]
 
 
 def ray_runtime(experiment: Experiment) -> Runtime:
@@ -88,14 +100,19 @@ class RayRuntime:
         self.pool: list[_Held] = []
         self.server: ActorProxy[_ServerActor] | None = None
         self.server_name, self.server_node, self.server_pid = "", "not known yet", 0
+        self.sums_at_nodes = False  # whether actors send partial sums, or each client's update
 
     def start(self) -> None:
         """Place the actors, hand each client its data, and introduce the clients to the server."""
         pin_threads(self.config.runtime.torch_threads)  # the instruments' sums run here
         experiment, federated = self.experiment, make_strategy(self.config).federated
         nodes, free = settled_resources()
-        sizes = {data.client: len(data.train) for data in experiment.clients}
-        plan = plan_placement(self.config.runtime, sizes, nodes, free, with_server=federated)
+        sizes = client_sizes(experiment)
+        work = {
+            batch: float(sum(sizes[client].num_triples for client in batch))
+            for batch in plan_batches(self.config, sizes)
+        }
+        plan = plan_placement(self.config.runtime, work, nodes, free, with_server=federated)
         run = self._run_name()
         # An actor that dies has lost what its clients kept: it is not restarted, the run stops and says so.
         fixed = {"num_cpus": plan.num_cpus, "max_restarts": 0, "max_task_retries": 0}
@@ -105,41 +122,26 @@ class RayRuntime:
                 self.server_name, self.config, experiment.num_entities, experiment.feature_dims
             )
         for number, group in enumerate(plan.groups):
-            name = f"{run}/client-{group[0]:05d}" if plan.kind == "dedicated" else f"{run}/pool-{number}"
-            actor = ClientActor.options(name=name, num_gpus=plan.num_gpus, **fixed).remote(name, self.config)
+            name = f"{run}/client-{group[0][0]:05d}" if plan.kind == "dedicated" else f"{run}/pool-{number}"
+            options = {"name": name, "num_gpus": plan.num_gpus, "scheduling_strategy": "SPREAD", **fixed}
+            actor = ClientActor.options(**options).remote(name, self.config)
             self.pool.append(_Held(actor, name, group))
         self._await_actors()
-        num_nodes = len({held.node for held in self.pool} | ({self.server_node} if self.server else set()))
+        num_nodes = len({held.node_id for held in self.pool})
+        self.sums_at_nodes = federated and (plan.kind == "pooled" or num_nodes > 1)
         where = "on this machine" if self.config.runtime.address is None else f"on {num_nodes} node(s)"
         threads = f"{self.config.runtime.torch_threads} torch thread(s) each"
         self.placement = [*plan.lines, f"actors {run}/... {where}, {threads}"]
         self._hand_out()
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
-        """Train the cohort; each update goes from its client's actor to the server's sums as it comes."""
+        """Train the cohort; what the clients send goes to the server, one by one or as sums."""
         started = time.perf_counter()
-        what, adding = f"training in round {round_num}", f"adding updates in round {round_num}"
         broadcast = self._begin_round(self.server, round_num) if self.server is not None else None
-        updates: dict[str, ObjectRef[ClientUpdate]] = {}
-
-        def submit(held: "_Held", client: int) -> "ObjectRef[ClientReport]":
-            pair: Any = held.actor.train.remote(
-                client, round_num, cast(Any, broadcast)
-            )  # num_returns=2: two references
-            updates[f"client {client}"], report = pair
-            return cast("ObjectRef[ClientReport]", report)
-
-        reports = []
-        receiving: ObjectRef[None] | None = None
-        for call, report in self._each_client(what, submit, cohort):
-            reports.append(report)
-            update = updates.pop(call.who)
-            if self.server is not None:
-                if receiving is not None:
-                    self._await_server(receiving, adding)  # so at most two wait there
-                receiving = self.server.receive.remote(update)
-        if receiving is not None:
-            self._await_server(receiving, adding)
+        if self.server is not None and self.sums_at_nodes:
+            reports = self._train_and_sum(self.server, round_num, cohort, broadcast)
+        else:
+            reports = self._train_and_send(round_num, cohort, broadcast)
         reports.sort(key=lambda report: report.client)
         elapsed = time.perf_counter() - started
         if self.server is None:
@@ -150,20 +152,19 @@ class RayRuntime:
     def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
         """Rank every client's triples of a split."""
         what = f"evaluation on {split} in round {round_num}"
-        calls = self._each_client(what, lambda held, c: held.actor.evaluate.remote(c, split, round_num, choose))
-        parts = {call.who: part for call, part in calls}
-        return [item for data in self.experiment.clients for item in parts[f"client {data.client}"]]
+        calls = self._each_batch(what, lambda held, batch: held.actor.evaluate.remote(batch, split, round_num, choose))
+        parts = {client: part for call, done in calls for client, part in zip(call.clients, done, strict=True)}
+        return [item for data in self.experiment.clients for item in parts[data.client]]
 
     def measure(self, round_num: int) -> Measurements:
         """Measure imputation where the data is, and semantic consistency on tokens sampled from the actors."""
         owned = {data.client: torch.from_numpy(data.entity_ids) for data in self.experiment.clients}
         shared = ray.put(shared_entities(owned))
         what = f"measurement in round {round_num}"
-        calls = self._each_client(what, lambda held, c: held.actor.measure.remote(c, shared, round_num))
-        parts = {call.who: part for call, part in calls}
-        ordered = {client: parts[f"client {client}"] for client in owned}
-        consistency = semantic_consistency([sample for _, sample in ordered.values()])
-        return Measurements({client: numbers for client, (numbers, _) in ordered.items()}, consistency)
+        calls = self._each_batch(what, lambda held, batch: held.actor.measure.remote(batch, shared, round_num))
+        parts = {client: part for call, done in calls for client, part in zip(call.clients, done, strict=True)}
+        consistency = semantic_consistency([parts[client][1] for client in owned])
+        return Measurements({client: parts[client][0] for client in owned}, consistency)
 
     def save(self, folder: Path) -> None:
         """Let each actor write its own files; on several nodes the folder must be on storage that they share."""
@@ -189,45 +190,120 @@ class RayRuntime:
         number = next(_run_numbers)
         return f"fedsim/{base}" if number == 1 else f"fedsim/{base}-{number}"
 
+    def _train_and_send(
+        self, round_num: int, cohort: Sequence[int], broadcast: "ObjectRef[Broadcast] | None"
+    ) -> list[ClientReport]:
+        """Train the cohort; each update goes from its client's actor to the server as it comes."""
+        adding = f"adding updates in round {round_num}"
+        updates: dict[int, ObjectRef[list[ClientUpdate]]] = {}
+
+        def submit(held: _Held, batch: Batch) -> "ObjectRef[list[ClientReport]]":
+            # num_returns=2: two references
+            pair: Any = held.actor.train.remote(batch, round_num, cast(Any, broadcast))
+            updates[batch[0]], reports = pair
+            return cast("ObjectRef[list[ClientReport]]", reports)
+
+        reports = []
+        receiving: ObjectRef[None] | None = None
+        for call, done in self._each_batch(f"training in round {round_num}", submit, cohort):
+            reports += done
+            update = updates.pop(call.clients[0])
+            if self.server is not None:
+                if receiving is not None:
+                    self._await_server(receiving, adding)  # so at most two wait there
+                receiving = self.server.receive.remote(update)
+        if receiving is not None:
+            self._await_server(receiving, adding)
+        return reports
+
+    def _train_and_sum(
+        self,
+        server: "ActorProxy[_ServerActor]",
+        round_num: int,
+        cohort: Sequence[int],
+        broadcast: "ObjectRef[Broadcast] | None",
+    ) -> list[ClientReport]:
+        """Train the cohort; updates are summed in their actor, then on their node, then at the server."""
+        calls = self._each_batch(
+            f"training in round {round_num}",
+            lambda held, batch: held.actor.train_and_sum.remote(batch, round_num, cast(Any, broadcast)),
+            cohort,
+        )
+        reports = [report for _, done in calls for report in done]
+        partials: dict[str, ObjectRef[PartialSums]] = {}
+
+        def submit(held: _Held, others: Sequence[_Held]) -> "ObjectRef[int]":
+            refs = [partials.pop(other.name) for other in others]
+            pair: Any = held.actor.sum_up.remote(round_num, *cast(Any, refs))
+            partials[held.name], number = pair
+            return cast("ObjectRef[int]", number)
+
+        chosen = set(cohort)
+        nodes: dict[str, list[_Held]] = {}
+        for held in self.pool:
+            if not chosen.isdisjoint(held.clients):
+                nodes.setdefault(held.node_id, []).append(held)
+        what = f"summing updates in round {round_num}"
+        followers = [held for _, *others in nodes.values() for held in others]
+        list(self._each_actor(what, lambda held: submit(held, ()), followers))
+        leaders = {held.name: others for held, *others in nodes.values()}
+        list(
+            self._each_actor(what, lambda held: submit(held, leaders[held.name]), [held for held, *_ in nodes.values()])
+        )
+        for partial_sums in partials.values():
+            self._await_server(server.merge.remote(partial_sums), what)
+        return reports
+
     def _await_actors(self) -> None:
         """Wait until all actors run, and learn their nodes."""
         what = "starting (waiting for free CPUs, GPUs and a process)"
-        calls = [
-            [Call(_names(held.clients), held.name, held.node, what, held.actor.start.remote)] for held in self.pool
-        ]
-        places = {call.actor: place for call, place in collect(calls, self.timeout)}
+        places = {call.actor: place for call, place in self._each_actor(what, lambda held: held.actor.start.remote())}
         for held in self.pool:
-            held.node, held.pid = places[held.name]
+            held.node, held.node_id, held.pid = places[held.name]
         if self.server is not None:
             self.server_node, self.server_pid = self._await_server(self.server.start.remote(), what)
 
     def _hand_out(self) -> None:
         """Give each client its data, make it known to the server, and send it the initial global model."""
         data_of = {data.client: data for data in self.experiment.clients}
-        list(self._each_client("start", lambda held, c: held.actor.add_client.remote(ray.put(data_of[c]))))
+
+        def give(held: _Held) -> "ObjectRef[None]":
+            return held.actor.add_clients.remote(ray.put([data_of[client] for client in held.clients]))
+
+        list(self._each_actor("start", give))
         server = self.server
         if server is not None:
-            list(self._each_client("hello", lambda held, c: server.register.remote(held.actor.hello.remote(c))))
+            list(self._each_actor("hello", lambda held: server.register.remote(held.actor.hello.remote())))
+            shape = self._await_server(server.sum_shape.remote(), "counting the clients")
             welcome = self._begin_round(server, 0)
-            list(self._each_client("joining", lambda held, c: held.actor.join.remote(c, welcome)))
+            list(self._each_actor("joining", lambda held: held.actor.join.remote(welcome, shape)))
 
     def _begin_round(self, server: "ActorProxy[_ServerActor]", round_num: int) -> "ObjectRef[Broadcast]":
         """Let the server publish its broadcast; the driver gets a reference."""
         return self._await_server(server.begin_round.remote(round_num), f"opening round {round_num}")[0]
 
-    def _each_client(
-        self, what: str, submit: "Callable[[_Held, int], ObjectRef[T]]", cohort: Sequence[int] | None = None
+    def _each_batch(
+        self, what: str, submit: "Callable[[_Held, Batch], ObjectRef[T]]", cohort: Sequence[int] | None = None
     ) -> Iterator[tuple[Call[T], T]]:
-        """Make a call for every client (of the cohort), results in order of completion."""
+        """Make a call for every batch (its members in the cohort), results in order of completion."""
         queues = [
             [
-                Call(f"client {client}", held.name, held.node, what, partial(submit, held, client))
-                for client in held.clients
-                if cohort is None or client in cohort
+                Call(_names(batch), held.name, held.node, what, partial(submit, held, batch), batch)
+                for batch in (held.batches if cohort is None else sampled(held.batches, cohort))
             ]
             for held in self.pool
         ]
         return collect(queues, self.timeout)
+
+    def _each_actor(
+        self, what: str, submit: "Callable[[_Held], ObjectRef[T]]", pool: Sequence[_Held] | None = None
+    ) -> Iterator[tuple[Call[T], T]]:
+        """Make a call to every client actor (of those given), results in order of completion."""
+        calls = [
+            Call(_names(held.clients), held.name, held.node, what, partial(submit, held))
+            for held in (self.pool if pool is None else pool)
+        ]
+        return collect([[call] for call in calls], self.timeout)
 
     def _await_server(self, ref: "ObjectRef[T]", what: str) -> T:
         call = Call("the server", self.server_name, self.server_node, what, lambda: ref)
@@ -238,9 +314,12 @@ class RayRuntime:
         what = "saving" if verb == "save" else "loading"
         if self.server is not None:
             self._await_server(getattr(self.server, verb).remote(folder), what)
-        list(self._each_client(what, lambda held, c: getattr(held.actor, verb).remote(c, folder)))
+        list(self._each_batch(what, lambda held, batch: getattr(held.actor, verb).remote(batch, folder)))
 
 
 def _names(clients: Sequence[int]) -> str:
-    """Name clients in a message: ``client 3``, ``clients 0, 2``."""
-    return f"client {clients[0]}" if len(clients) == 1 else f"clients {', '.join(map(str, clients))}"
+    """Name clients in a message: ``client 3``, ``clients 0, 2``, ``clients 0, 1, 2 and 297 more``."""
+    if len(clients) == 1:
+        return f"client {clients[0]}"
+    more = f" and {len(clients) - MAX_NAMED} more" if len(clients) > MAX_NAMED else ""
+    return f"clients {', '.join(map(str, clients[:MAX_NAMED]))}{more}"

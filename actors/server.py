@@ -10,6 +10,7 @@ from ray import ObjectRef
 from actors.tensors import share_tensors
 from fedsim.checkpoint import load_tensors, save_tensors, server_file
 from fedsim.config import Config
+from fedsim.federated.aggregation import PartialSums, SumShape
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server, ServerReport
@@ -42,9 +43,15 @@ class _ServerActor:
         return str(ray.util.get_node_ip_address()), os.getpid()
 
     @ray.method
-    def register(self, hello: ClientHello) -> None:
+    def register(self, hellos: list[ClientHello]) -> None:
         """Forward to `Server.register`."""
-        self.server.register(hello)
+        for hello in hellos:
+            self.server.register(hello)
+
+    @ray.method
+    def sum_shape(self) -> SumShape:
+        """Forward to `Server.sum_shape`."""
+        return self.server.sum_shape()
 
     @ray.method
     def begin_round(self, round_num: int) -> "list[ObjectRef[Broadcast]]":
@@ -53,9 +60,15 @@ class _ServerActor:
         return [self.published]
 
     @ray.method
-    def receive(self, update: ClientUpdate) -> None:
+    def receive(self, updates: list[ClientUpdate]) -> None:
         """Forward to `Server.receive`."""
-        self.server.receive(update)
+        for update in updates:
+            self.server.receive(update)
+
+    @ray.method
+    def merge(self, partial: PartialSums) -> None:
+        """Forward to `Server.merge`."""
+        self.server.merge(partial)
 
     @ray.method
     def finish_round(self) -> ServerReport:

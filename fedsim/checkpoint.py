@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and a JSON manifest with checksums, written to a temporary name and renamed.
 
-A folder ``checkpoints/round-00003`` holds ``server.safetensors``, ``client-00000.safetensors`` ... and
-``manifest.json``. It appears by one rename, so it is whole or absent; a file that was cut short or altered later is
-found by its checksum, and the checkpoint before it is used.
+A folder ``checkpoints/round-00003`` holds ``server.safetensors``, one ``clients-00000.safetensors`` per batch of
+clients (named by its first one, each tensor by its client, as in ``00004/params/relation``) and ``manifest.json``.
+It appears by one rename, so it is whole or absent; a file that was cut short or altered later is found by its
+checksum, and the checkpoint before it is used.
 """
 
 import errno
@@ -10,11 +11,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,12 +24,12 @@ from fedsim.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
-def client_file(folder: Path, client: int) -> Path:
-    """Return where a client's state stands."""
-    return folder / f"client-{client:05d}.safetensors"
+def clients_file(folder: Path, clients: Iterable[int]) -> Path:
+    """Return where the state of a batch of clients stands."""
+    return folder / f"clients-{min(clients):05d}.safetensors"
 
 
 def server_file(folder: Path) -> Path:
@@ -55,6 +56,35 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise RunError(write_failure(path, str(err))) from err
     except OSError as err:
         raise RunError(write_failure(path, str(err.strerror or err), err.errno)) from err
+
+
+def save_clients(states: Mapping[int, Mapping[str, Tensor]], folder: Path) -> None:
+    """Write the states of a batch of clients as one file."""
+    tensors = {f"{client:05d}/{name}": value for client, state in states.items() for name, value in state.items()}
+    save_tensors(tensors, clients_file(folder, states))
+
+
+def load_clients(clients: Iterable[int], folder: Path) -> dict[int, dict[str, Tensor]]:
+    """Read what `save_clients` wrote of the same batch; RunError if the file is missing or not whole."""
+    states: dict[int, dict[str, Tensor]] = {client: {} for client in clients}
+    for path, value in load_tensors(clients_file(folder, states)).items():
+        client, _, name = path.partition("/")
+        states[int(client)][name] = value
+    return states
+
+
+def load_client(client: int, folder: Path) -> dict[str, Tensor]:
+    """Read the state of one client, whatever batch it was saved with; RunError if there is none that is whole."""
+    prefix = f"{client:05d}/"
+    for path in sorted(folder.glob("clients-*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                mine = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+                if mine:
+                    return {name.removeprefix(prefix): file.get_tensor(name) for name in mine}
+        except (OSError, SafetensorError) as err:
+            raise RunError(f"{path} cannot be read: {err}") from err
+    raise RunError(f"{folder} has no state of client {client}; it is damaged")
 
 
 def write_failure(path: Path, reason: str, code: int | None = None) -> str:

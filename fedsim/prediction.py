@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedsim.checkpoint import client_file, load_tensors, newest_checkpoint, read_manifest
+from fedsim.checkpoint import load_client, newest_checkpoint, read_manifest
 from fedsim.config import Config
 from fedsim.data.clients import ClientData, Ids, build_client, load_federated_split
 from fedsim.data.dataset import KnowledgeGraph, load_dataset, resolve_dataset
@@ -82,7 +82,7 @@ def predict(folder: Path, client: int, entity: str, relation: str, direction: Di
 
     settle_process(config.runtime.torch_threads)
     asked = make_client(data, config, torch.device("cpu"))
-    asked.load_state(load_tensors(client_file(models, client)))
+    asked.load_state(load_client(client, models))
     query = torch.tensor([asked_entity]), torch.tensor([asked_relation])
     scores = asked.scores(*query, direction == "head", round_num)[0].numpy()  # [num_entities]
     if not np.isfinite(scores).all():

@@ -1,14 +1,14 @@
 """Where clients and server run: the `Runtime` protocol, and the one that runs all of them in this process."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from fedsim.checkpoint import client_file, load_tensors, save_tensors, server_file
+from fedsim.checkpoint import load_clients, load_tensors, save_clients, save_tensors, server_file
 from fedsim.config import Config
 from fedsim.data.clients import ClientData, build_clients, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
@@ -16,7 +16,9 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.evaluation.consistency import TokenSample, sample_tokens, semantic_consistency, shared_entities
 from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated import STRATEGIES, Strategy
+from fedsim.federated.batches import ClientSize, plan_batches
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.client_batch import evaluate_clients, train_clients
 from fedsim.federated.server import Server, ServerReport
 from fedsim.models.client_model import pick
 from fedsim.process import settle_process
@@ -148,6 +150,7 @@ class InProcessRuntime:
         strategy = make_strategy(config)
         device = client_device(config)
         self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}
+        self.batches = plan_batches(config, client_sizes(experiment))
         self.placement = [
             f"{len(self.clients)} clients in this process, {config.runtime.torch_threads} torch thread(s)"
         ]
@@ -161,17 +164,16 @@ class InProcessRuntime:
                 client.join(welcome.for_entities(client.entity_ids))
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
-        """Train the cohort one by one; each update is added to the server's sums as it comes."""
+        """Train the cohort batch by batch; each update is added to the server's sums as it comes."""
         started = time.perf_counter()
         reports = []
         broadcast = self.server.begin_round(round_num) if self.server is not None else None
-        for number in cohort:
-            client = self.clients[number]
-            sent = broadcast.for_entities(client.entity_ids) if broadcast is not None else None
-            update, report = client.train(round_num, sent)
-            if self.server is not None and update is not None:
-                self.server.receive(update)
-            reports.append(report)
+        for members in sampled(self.batches, cohort):
+            for update, report in train_clients([self.clients[number] for number in members], round_num, broadcast):
+                if self.server is not None and update is not None:
+                    self.server.receive(update)
+                reports.append(report)
+        reports.sort(key=lambda report: report.client)
         elapsed = time.perf_counter() - started
         if self.server is None:
             return RoundResult(reports, None, {"train": elapsed})
@@ -180,8 +182,11 @@ class InProcessRuntime:
 
     def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
         """Rank every client's triples of a split."""
-        parts = [client.evaluate(split, round_num, choose=choose) for client in self.clients.values()]
-        return [evaluation for part in parts for evaluation in part]
+        parts: dict[int, list[ClientEvaluation]] = {}
+        for members in self.batches:
+            clients = [self.clients[number] for number in members]
+            parts |= zip(members, evaluate_clients(clients, split, round_num, choose), strict=True)
+        return [evaluation for number in self.clients for evaluation in parts[number]]
 
     def measure(self, round_num: int) -> Measurements:
         """Measure imputation and semantic consistency."""
@@ -194,21 +199,34 @@ class InProcessRuntime:
         return Measurements(imputation, semantic_consistency(samples))
 
     def save(self, folder: Path) -> None:
-        """Write one file per client and one for the server."""
+        """Write one file per batch of clients and one for the server."""
         if self.server is not None:
             save_tensors(self.server.state(), server_file(folder))
-        for number, client in self.clients.items():
-            save_tensors(client.state(), client_file(folder, number))
+        for members in self.batches:
+            save_clients({number: self.clients[number].state() for number in members}, folder)
 
     def load(self, folder: Path) -> None:
         """Restore server and clients."""
         if self.server is not None:
             self.server.load_state(load_tensors(server_file(folder)))
-        for number, client in self.clients.items():
-            client.load_state(load_tensors(client_file(folder, number)))
+        for members in self.batches:
+            for number, state in load_clients(members, folder).items():
+                self.clients[number].load_state(state)
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+
+def client_sizes(experiment: Experiment) -> dict[int, ClientSize]:
+    """Return the size of each client."""
+    return {data.client: ClientSize(len(data.entity_ids), len(data.train)) for data in experiment.clients}
+
+
+def sampled(batches: Iterable[Sequence[int]], cohort: Iterable[int]) -> list[tuple[int, ...]]:
+    """Return the members of each batch that are in the cohort, without batches that have none."""
+    chosen = set(cohort)
+    members = [tuple(client for client in batch if client in chosen) for batch in batches]
+    return [batch for batch in members if batch]
 
 
 def phase_seconds(train_seconds: float, server: ServerReport) -> dict[str, float]:

@@ -9,15 +9,8 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.errors import RunError
-from fedsim.federated.aggregation import ModuleMean, RowMean, check_range
-from fedsim.federated.messages import (
-    Broadcast,
-    ClientHello,
-    ClientUpdate,
-    PrototypeTable,
-    SoftQueries,
-    check_finite,
-)
+from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
+from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, PrototypeTable
 from fedsim.federated.strategy import GlobalModel, Strategy
 from fedsim.models.client_model import ClientModel
 from fedsim.models.parameters import Params, select_view, with_prefix
@@ -73,54 +66,37 @@ class Server:
         return Broadcast(round_num, model.entity, model.modules, model.prototypes)
 
     def receive(self, update: ClientUpdate) -> None:
-        """Add one client's update to the sums, in any order; memory does not grow with the cohort.
+        """Add one client's update to the sums, in any order; see `RoundSums.add`."""
+        self.sums.add(update)
+
+    def merge(self, partial: PartialSums) -> None:
+        """Add the sums of several clients, in any order; see `RoundSums.merge`.
 
         Raises:
-            RunError: if the update is of another round, of rows that the client does not own, came twice, or holds
-                a value that is not finite or too large. The sums are not touched then.
+            RunError: also if they hold the update of a client that is not registered.
         """
-        started = time.perf_counter()
-        who = f"client {update.client}, round {update.round_num}"
-        if update.round_num != self.round_num:
-            raise RunError(f"{who}: the update is stale, the server is in round {self.round_num}")
-        if update.client in self.received:
-            raise RunError(f"{who}: a second update in the same round")
-        if update.client not in self.ownership:
-            raise RunError(f"{who}: an update of a client that is not registered")
-        if not torch.equal(update.entity_ids, self.ownership[update.client]):
-            raise RunError(f"{who}: the update has rows of entities that the client does not own")
-        bad = check_finite(update)
-        if bad is not None:
-            raise RunError(f"{who}: '{bad}' in the update is not finite; lower training.learning_rate")
-        parts = {"entity": update.entity, **update.modules}
-        if update.tokens is not None:
-            parts["tokens"] = update.tokens
-        for name, value in parts.items():  # all of them before the first sum, which a later refusal would leave torn
-            check_range(value, f"{who}: {name}")
-        self.rows.add(update.entity_ids, update.entity, f"{who}: entity")
-        share = update.num_triples / sum(self.num_triples.values())
-        self.modules.add(update.modules, share)
-        if update.token_present is not None and update.tokens is not None:
-            self._add_tokens(update, update.token_present, update.tokens)
-        if update.soft_queries is not None:
-            self.soft_queries[update.client] = update.soft_queries
-        self.received.add(update.client)
-        self.aggregate_seconds += time.perf_counter() - started
+        for client in partial.clients:
+            if client not in self.ownership:
+                raise RunError(
+                    f"client {client}, round {partial.round_num}: an update of a client that is not registered"
+                )
+        self.sums.merge(partial)
 
     def finish_round(self) -> ServerReport:
         """Turn the sums into the next global model and distil (eq. 3, 11, 12, 13)."""
         started = time.perf_counter()
         old = self.global_model
-        entity = self.rows.result(old.entity)
-        modules = self.modules.result(old.modules)
+        sums = self.sums
+        entity = sums.rows.result(old.entity)
+        modules = sums.modules.result(old.modules)
         averaged = GlobalModel(entity, modules, self._prototypes())
-        self.aggregate_seconds += time.perf_counter() - started
+        aggregate_seconds = sums.seconds + time.perf_counter() - started
         started = time.perf_counter()
-        queries = [self.soft_queries[client] for client in sorted(self.soft_queries)]
-        generator = torch_generator(self.config.seed, "server", round_num=self.round_num)
+        queries = [sums.soft_queries[client] for client in sorted(sums.soft_queries)]
+        generator = torch_generator(self.config.seed, "server", round_num=sums.round_num)
         self.global_model, losses = self.strategy.distil(self.model, averaged, queries, generator)
-        report = ServerReport(losses, len(self.received), self.aggregate_seconds, time.perf_counter() - started)
-        self._open_round(self.round_num + 1)
+        report = ServerReport(losses, len(sums.received), aggregate_seconds, time.perf_counter() - started)
+        self._open_round(sums.round_num + 1)
         return report
 
     def state(self) -> Params:
@@ -142,40 +118,27 @@ class Server:
             )
         self.global_model = GlobalModel(state["entity"], select_view(state, "modules"), prototypes)
 
-    def _open_round(self, round_num: int) -> None:
-        self.round_num = round_num
+    def sum_shape(self) -> SumShape:
+        """Return what sums need to know, once all clients are registered."""
         num_entities, dim = self.global_model.entity.shape
-        self.rows = RowMean(num_entities, dim)
-        self.modules = ModuleMean()
-        num_modalities = self.model.num_tokens - 1
-        self.tokens = [RowMean(num_entities, dim) for _ in range(num_modalities)] if self._prototyping else []
-        self.soft_queries: dict[int, SoftQueries] = {}
-        self.received: set[int] = set()
-        self.aggregate_seconds = 0.0
+        prototyping = self.strategy.sends_prototypes and self.model.imputes
+        num_modalities = self.model.num_tokens - 1 if prototyping else 0
+        return SumShape(num_entities, dim, num_modalities, len(self.num_triples), sum(self.num_triples.values()))
 
-    @property
-    def _prototyping(self) -> bool:
-        return self.strategy.sends_prototypes and self.model.imputes
-
-    def _add_tokens(self, update: ClientUpdate, present: Tensor, tokens: Tensor) -> None:
-        """Add projected tokens to the sums of eq. 11."""
-        start = 0
-        for index, mean in enumerate(self.tokens):
-            rows = update.entity_ids[present[index]]
-            mean.add(rows, tokens[start : start + len(rows)], f"client {update.client}: tokens")
-            start += len(rows)
+    def _open_round(self, round_num: int) -> None:
+        self.sums = RoundSums(self.sum_shape(), round_num, self.ownership)
 
     def _prototypes(self) -> PrototypeTable | None:
         """Renew the prototypes of this round's senders and keep the others (eq. 11)."""
-        if not self.tokens:
+        if not self.sums.tokens:
             return None
         old = self.global_model.prototypes
         if old is None:
-            shape = (len(self.tokens), *self.global_model.entity.shape)
+            shape = (len(self.sums.tokens), *self.global_model.entity.shape)
             empty = torch.zeros(shape[:2], dtype=torch.int64)
             old = PrototypeTable(torch.zeros(shape), empty, empty)
-        values = torch.stack([mean.result(old.values[index]) for index, mean in enumerate(self.tokens)])
-        counts = torch.stack([mean.counts for mean in self.tokens])
+        values = torch.stack([mean.result(old.values[index]) for index, mean in enumerate(self.sums.tokens)])
+        counts = torch.stack([mean.counts for mean in self.sums.tokens])
         renewed = counts > 0
-        rounds = torch.where(renewed, torch.full_like(old.rounds, self.round_num), old.rounds)
+        rounds = torch.where(renewed, torch.full_like(old.rounds, self.sums.round_num), old.rounds)
         return PrototypeTable(values, torch.where(renewed, counts, old.counts), rounds)

@@ -123,7 +123,7 @@ def test_who_dies_is_named_with_the_round(dataset: Path) -> None:
 
 def test_a_bug_at_a_client_is_one_message_and_keeps_the_remote_traceback(runtime: RayRuntime) -> None:
     held = runtime.pool[0]
-    call = Call("client 0", held.name, held.node, "evaluation", lambda: held.actor.evaluate.remote(0, "no", 1, False))
+    call = Call("client 0", held.name, held.node, "evaluation", lambda: held.actor.evaluate.remote([0], "no", 1, False))
     with pytest.raises(RunError) as err:
         list(collect([[call]], 60))
     assert re.match(r"client 0, evaluation \(actor .*/client-00000 on node .*\): KeyError: 'no'", str(err.value))
@@ -133,8 +133,8 @@ def test_a_bug_at_a_client_is_one_message_and_keeps_the_remote_traceback(runtime
 
 def test_a_damaged_client_file_is_named(runtime: RayRuntime, tmp_path: Path) -> None:
     runtime.save(tmp_path)
-    (tmp_path / "client-00001.safetensors").write_bytes(b"short")
-    with pytest.raises(RunError, match=r"client 1, loading: .*client-00001.safetensors cannot be read"):
+    (tmp_path / "clients-00001.safetensors").write_bytes(b"short")
+    with pytest.raises(RunError, match=r"client 1, loading: .*clients-00001.safetensors cannot be read"):
         runtime.load(tmp_path)
 
 

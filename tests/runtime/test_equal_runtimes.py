@@ -56,6 +56,18 @@ PLACEMENTS = [
         id="2 of 5 clients sampled, in 3 actors",
     ),
     pytest.param({"federation__strategy": "local"}, {"placement": "pooled", "num_actors": 2}, 2, id="no server"),
+    pytest.param(
+        {"data__num_clients": 5, "runtime__clients_per_batch": 2, "federation__cohort_size": 3},
+        {"placement": "pooled", "num_actors": 2},
+        2,
+        id="5 clients in batches of 2, in 2 actors",
+    ),
+    pytest.param(
+        {"data__num_clients": 5, "runtime__clients_per_batch": 2, "federation__cohort_size": 3},
+        {"placement": "auto"},
+        3,
+        id="5 clients in batches of 2, in 3 actors",
+    ),
 ]
 
 
@@ -80,7 +92,9 @@ def test_ray_ends_with_the_bits_of_one_process(
 
     simulation.run(small_config(dataset, tmp_path / "ray", **changes, **runtime_changes), factory)
     assert seen == [num_actors]
-    assert outcome(tmp_path / "ray") == in_process(**changes)
+    # Dedicated clients train one by one; else config and sizes decide who shares a batch.
+    alone = {"runtime__clients_per_batch": 1} if placement["placement"] == "dedicated" else {}
+    assert outcome(tmp_path / "ray") == in_process(**changes, **alone)
 
 
 def test_the_comparison_sees_a_difference(in_process: Outcomes) -> None:

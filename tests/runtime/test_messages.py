@@ -24,7 +24,9 @@ from actors.server import _ServerActor
 from builders import write_tiny_dataset
 from fedsim.evaluation.consistency import TokenSample
 from fedsim.evaluation.ranking import RankingMetrics
+from fedsim.federated.aggregation import PartialSums, encode
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.client_batch import train_clients
 from fedsim.federated.messages import ClientHello, ClientUpdate, SoftQueries
 from fedsim.federated.runtime import Experiment, InProcessRuntime, prepare
 from runs import small_config
@@ -51,24 +53,40 @@ FIELDS: dict[type, dict[str, str]] = {
         "seconds": "float",
     },
     ClientEvaluation: {"client": "int", "metrics": "RankingMetrics", "combination": "float | None"},
+    PartialSums: {
+        "round_num": "int",
+        "clients": "tuple[int, ...]",
+        "entity": "Tensor",
+        "entity_counts": "Tensor",
+        "modules": "dict[str, Tensor]",
+        "module_weight": "Tensor",
+        "tokens": "Tensor",
+        "token_counts": "Tensor",
+        "soft_queries": "dict[int, SoftQueries]",
+        "seconds": "float",
+    },
     TokenSample: {"entity_ids": "Tensor", "tokens": "dict[str, Tensor]", "names": "tuple[str, ...]"},
 }
 CLIENT_ACTOR_RETURNS = {
-    "start": "tuple[str, int]",
-    "add_client": "None",
-    "hello": "ClientHello",
+    "start": "tuple[str, str, int]",
+    "add_clients": "None",
+    "hello": "list[ClientHello]",
     "join": "None",
-    "train": "tuple[ClientUpdate | None, ClientReport]",
-    "evaluate": "list[ClientEvaluation]",
-    "measure": "tuple[dict[str, float], TokenSample]",
+    "train": "tuple[list[ClientUpdate], list[ClientReport]]",
+    "train_and_sum": "list[ClientReport]",
+    "sum_up": "tuple[PartialSums, int]",
+    "evaluate": "list[list[ClientEvaluation]]",
+    "measure": "list[tuple[dict[str, float], TokenSample]]",
     "save": "None",
     "load": "None",
 }
 SERVER_ACTOR_TAKES = {
     "start": [],
-    "register": ["ClientHello"],
+    "register": ["list[ClientHello]"],
+    "sum_shape": [],
     "begin_round": ["int"],
-    "receive": ["ClientUpdate"],
+    "receive": ["list[ClientUpdate]"],
+    "merge": ["PartialSums"],
     "finish_round": [],
     "save": ["Path"],
     "load": ["Path"],
@@ -309,6 +327,7 @@ def _readable(annotation: Any) -> str:
         "torch.",
         "pathlib.",
         "fedsim.federated.messages.",
+        "fedsim.federated.aggregation.",
         "fedsim.federated.client.",
         "fedsim.evaluation.consistency.",
     ):
@@ -350,9 +369,9 @@ def test_what_comes_out_of_a_client_actor_is_the_same_message(experiment: Experi
         assert runtime.server is not None
         (broadcast,) = ray.get(runtime.server.begin_round.remote(1))
         for held in runtime.pool:
-            number = held.clients[0]
-            pair: Any = held.actor.train.remote(number, 1, broadcast)
-            update, report = ray.get(list(pair))
+            (number,) = held.clients
+            pair: Any = held.actor.train.remote([number], 1, broadcast)
+            (update,), (report,) = ray.get(list(pair))
             client = twin.clients[number]
             expected, _ = client.train(1, twin.server.begin_round(1).for_entities(client.entity_ids))
             assert type(update) is ClientUpdate
@@ -361,3 +380,60 @@ def test_what_comes_out_of_a_client_actor_is_the_same_message(experiment: Experi
             for (path, value), (other, wanted) in zip(leaves(update), leaves(expected), strict=True):
                 assert path == other
                 assert torch.equal(value, wanted) if isinstance(value, Tensor) else value == wanted
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_pool_sends_is_the_sum_of_the_updates_and_nothing_else(experiment: Experiment) -> None:
+    """The sums are taken on their way, searched for secrets, and recomputed from the updates of a twin."""
+    config = experiment.config.model_copy(
+        update={"runtime": experiment.config.runtime.model_copy(update={"placement": "pooled", "num_actors": 1})}
+    )
+    experiment = dataclasses.replace(experiment, config=config)
+    twin = InProcessRuntime(experiment)
+    assert twin.server is not None
+    welcome = twin.server.begin_round(1)
+    with closing(ray_runtime(experiment)) as runtime:
+        assert isinstance(runtime, RayRuntime)
+        assert runtime.server is not None
+        (broadcast,) = ray.get(runtime.server.begin_round.remote(1))
+        (held,) = runtime.pool
+        reports = [
+            report for batch in held.batches for report in ray.get(held.actor.train_and_sum.remote(batch, 1, broadcast))
+        ]
+        pair: Any = held.actor.sum_up.remote(1)
+        partial, number = ray.get(list(pair))
+    assert number == 3
+    assert type(partial) is PartialSums
+    updates = [
+        update
+        for batch in twin.batches
+        for update, _ in train_clients([twin.clients[client] for client in batch], 1, welcome)
+        if update is not None
+    ]
+    for client in twin.clients.values():
+        assert leaks(partial, secrets(client)) == leaks(reports, secrets(client)) == []
+    total = torch.zeros_like(partial.entity)
+    for update in updates:
+        total[update.entity_ids] += encode(update.entity)
+        sent, expected = partial.soft_queries[update.client], update.soft_queries
+        assert expected is not None
+        assert all(torch.equal(one, other) for (_, one), (_, other) in zip(leaves(sent), leaves(expected), strict=True))
+    assert torch.equal(partial.entity, total)
+    assert set(partial.modules) == set(updates[0].modules)
+
+
+@pytest.mark.parametrize("kind", ["floats", "integers"])
+def test_a_leak_planted_in_partial_sums_is_found(kind: str, experiment: Experiment) -> None:
+    """As its own field in floats, or the triples behind the counts."""
+    runtime = InProcessRuntime(experiment)
+    assert runtime.server is not None
+    client = runtime.clients[1]
+    runtime.server.begin_round(1)
+    partial = runtime.server.sums.partial()
+    held = secrets(client)
+    assert leaks(partial, held) == []
+    if kind == "floats":
+        bad = dataclasses.replace(partial, modules={"x": client.values.params["relation"]})
+    else:
+        bad = dataclasses.replace(partial, entity_counts=torch.cat([partial.entity_counts, client.triples.flatten()]))
+    assert any(("relation embedding" if kind == "floats" else "triple") in leak for leak in leaks(bad, held))

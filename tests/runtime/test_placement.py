@@ -11,13 +11,15 @@ GB = 1e9
 
 def _plan(config: RuntimeConfig, num_clients: int, *nodes: NodeResources, free: NodeResources | None = None):
     total = NodeResources(*(sum(getattr(n, name) for n in nodes) for name in ("cpus", "gpus", "memory_bytes")))
-    return plan_placement(config, dict.fromkeys(range(num_clients), 1), nodes, free or total, with_server=True)
+    return plan_placement(
+        config, {(client,): 1.0 for client in range(num_clients)}, nodes, free or total, with_server=True
+    )
 
 
 def test_the_default_config_is_dedicated_on_two_cores() -> None:
     plan = _plan(RuntimeConfig(), 3, NodeResources(2, 0, 8 * GB))
     assert plan.kind == "dedicated"
-    assert plan.groups == ((0,), (1,), (2,))
+    assert plan.groups == (((0,),), ((1,),), ((2,),))
     assert plan.num_cpus == 0.5
     assert plan.lines[0] == ("dedicated: 3 client actors, one per client, each on 0.5 CPU, server actor on 0.5 CPU")
 
@@ -33,7 +35,7 @@ def test_auto_pools_what_does_not_fit(node: NodeResources, why: str) -> None:
     plan = _plan(RuntimeConfig(), 300, node)
     assert plan.kind == "pooled", why
     assert len(plan.groups) == 3
-    assert sorted(client for group in plan.groups for client in group) == list(range(300))
+    assert sorted(client for group in plan.groups for (client,) in group) == list(range(300))
     assert plan.lines[1] == "placement auto: room for 3 client actors, not for 300"
 
 
@@ -83,4 +85,14 @@ def test_what_does_not_fit_is_named_with_what_there_is(config: dict[str, object]
 
 
 def test_clients_are_dealt_by_work() -> None:
-    assert deal({0: 10, 1: 1, 2: 1, 3: 8}, 2) == ((0,), (1, 2, 3))
+    work = {(0,): 10.0, (1,): 1.0, (2, 4): 1.0, (3,): 8.0}
+    assert deal(work, 2) == (((0,),), ((3,), (1,), (2, 4)))
+
+
+def test_auto_pools_clients_that_train_together() -> None:
+    node = NodeResources(16, 0, 100 * GB)
+    work = {(0, 2): 3.0, (1, 3): 2.0}
+    plan = plan_placement(RuntimeConfig(), work, [node], node, with_server=True)
+    assert plan.kind == "pooled"
+    assert plan.groups == (((0, 2),), ((1, 3),))
+    assert plan.lines[1] == "placement auto: 4 clients train together in 2 batches"

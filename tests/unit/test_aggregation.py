@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from experiments import generator
 from fedsim.errors import RunError
-from fedsim.federated.aggregation import ModuleMean, RowMean, decode, encode
+from fedsim.federated.aggregation import ModuleMean, RowMean, check_range, decode, encode, range_limit
 
 FINITE = st.floats(-4000, 4000, width=32)
 
@@ -17,8 +17,8 @@ FINITE = st.floats(-4000, 4000, width=32)
 def test_rows_by_hand() -> None:
     """Row 1 was sent twice, (1 + 4) / 2 = 2.5; row 0 once; nobody sent row 2, which keeps its 9."""
     mean = RowMean(3, 1)
-    mean.add(torch.tensor([0, 1]), torch.tensor([[0.5], [1.0]]), "a")
-    mean.add(torch.tensor([1]), torch.tensor([[4.0]]), "b")
+    mean.add(torch.tensor([0, 1]), torch.tensor([[0.5], [1.0]]))
+    mean.add(torch.tensor([1]), torch.tensor([[4.0]]))
     assert mean.result(torch.full((3, 1), 9.0)).flatten().tolist() == [0.5, 2.5, 9.0]
     assert mean.counts.tolist() == [1, 2, 0]
 
@@ -43,7 +43,7 @@ def test_any_order_gives_the_same_bits(values: list[float], seed: int) -> None:
     for numbers in (range(len(values)), order):
         rows, modules = RowMean(2, 1), ModuleMean()
         for i in numbers:
-            rows.add(torch.tensor([0]), torch.tensor([[values[i]]]), "row")
+            rows.add(torch.tensor([0]), torch.tensor([[values[i]]]))
             modules.add({"w": torch.tensor([values[i]])}, shares[i])
         results.append((rows.result(torch.zeros(2, 1)), modules.result({})["w"]))
     for one, other in zip(*results, strict=True):
@@ -61,7 +61,7 @@ def test_a_mean_is_right_to_float_precision(values: list[float]) -> None:
     """The encoding rounds at 2^-41, the result is the float32 nearest to the exact mean but for that."""
     mean = RowMean(1, 1)
     for value in values:
-        mean.add(torch.tensor([0]), torch.tensor([[value]]), "row")
+        mean.add(torch.tensor([0]), torch.tensor([[value]]))
     exact = sum(torch.tensor(values, dtype=torch.float32).double().tolist()) / len(values)
     assert float(mean.result(torch.zeros(1, 1))) == pytest.approx(exact, rel=1e-7, abs=1e-12)
 
@@ -69,22 +69,54 @@ def test_a_mean_is_right_to_float_precision(values: list[float]) -> None:
 @given(value=FINITE)
 def test_one_value_survives_but_for_its_tiniest_part(value: float) -> None:
     one = torch.tensor([value])
-    back = decode(encode(one, "x"), torch.tensor(float(1 << 40)))
+    back = decode(encode(one), torch.tensor(float(1 << 40)))
     assert torch.allclose(back, one, rtol=0, atol=2.0**-41)
 
 
 def test_thousands_of_large_summands_fit() -> None:
     mean = RowMean(1, 1)
     for _ in range(2048):
-        mean.add(torch.tensor([0]), torch.tensor([[-4095.0]]), "row")
+        mean.add(torch.tensor([0]), torch.tensor([[-4095.0]]))
     assert mean.result(torch.zeros(1, 1)).tolist() == [[-4095.0]]
 
 
 @pytest.mark.parametrize("value", [4096.0, -1e9, float("inf"), float("nan")])
 def test_a_value_that_cannot_be_summed_is_refused(value: float) -> None:
     with pytest.raises(RunError, match="'client 3: entity' holds .* beyond what can be summed"):
-        encode(torch.tensor([0.0, value]), "client 3: entity")
+        check_range(torch.tensor([0.0, value]), "client 3: entity")
 
 
 def test_nothing_to_encode() -> None:
-    assert encode(torch.zeros(0, 3), "x").shape == (0, 3)
+    check_range(torch.zeros(0, 3), "x")
+    assert encode(torch.zeros(0, 3)).shape == (0, 3)
+
+
+@given(values=st.lists(FINITE, min_size=1, max_size=20), exponent=st.integers(-60, 0))
+def test_single_precision_encodes_to_the_bits_of_double(values: list[float], exponent: int) -> None:
+    """A float32 times 2^40 is exact, and so is its rounding: halves go to even in both."""
+    halves = [2.0**-41, 3 * 2.0**-41, -(2.0**-41), 4095.9, 1e-45, -1e-40]
+    single = torch.cat([torch.tensor(values) * 2.0**exponent, torch.tensor(halves)])
+    expected = (single.double() * 2.0**40).round().to(torch.int64)
+    assert torch.equal(encode(single), expected)
+
+
+def test_more_clients_leave_less_room_for_each() -> None:
+    """2^63 / 2^40 = 2^23 is shared by all summands: 4096 each for 2,048, 1024 each for 8,192."""
+    assert [range_limit(number) for number in (0, 2048, 8192)] == [4096.0, 4096.0, 1024.0]
+    check_range(torch.tensor([1023.0]), "x", range_limit(8192))
+    with pytest.raises(RunError, match="beyond what can be summed"):
+        check_range(torch.tensor([1024.0]), "x", range_limit(8192))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_rows_in_sequence_and_rows_apart_are_summed_alike(first: int) -> None:
+    """More rows than are encoded at once, in sequence and spread, against the definition."""
+    num_rows, dim = 5000, 64
+    values = torch.randn(2500, dim, generator=generator())
+    for rows in (torch.arange(first, first + 2500), torch.arange(first, first + 2 * 2490, 2)):
+        mean = RowMean(num_rows, dim)
+        mean.add(rows, values[: len(rows)])
+        expected = torch.zeros(num_rows, dim, dtype=torch.int64)
+        expected[rows] = encode(values[: len(rows)])
+        assert torch.equal(mean.total, expected)
+        assert int(mean.counts.sum()) == len(rows)

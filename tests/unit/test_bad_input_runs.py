@@ -107,7 +107,7 @@ def test_a_run_folder_that_exists(runs: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("damage", [_cut, _alter, Path.unlink])
-@pytest.mark.parametrize("file", ["client-00001.safetensors", "server.safetensors", "manifest.json"])
+@pytest.mark.parametrize("file", ["clients-00001.safetensors", "server.safetensors", "manifest.json"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage: Callable[[Path], None], file: str, broken: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fedsim import checkpoint
 from fedsim.checkpoint import (
-    client_file,
+    clients_file,
     list_checkpoints,
     load_tensors,
     newest_checkpoint,
@@ -27,7 +27,7 @@ from fedsim.errors import RunError
 
 def _save(folder: Path) -> None:
     save_tensors({"entity": torch.arange(6.0).view(2, 3)}, server_file(folder))
-    save_tensors({"params/relation": torch.ones(2)}, client_file(folder, 3))
+    save_tensors({"params/relation": torch.ones(2)}, clients_file(folder, [3, 5]))
 
 
 def _write(run: Path, *rounds: int) -> Path:
@@ -42,7 +42,7 @@ def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     folder, manifest = newest_checkpoint(checkpoints)
     assert folder.name == "round-00007"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "client-00003.safetensors",
+        "clients-00003.safetensors",
         "manifest.json",
         "server.safetensors",
     ]
@@ -77,16 +77,16 @@ def _flip(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "cut short": ("server.safetensors", _cut, "was cut short or altered"),
-    "one bit": ("client-00003.safetensors", _flip, "was cut short or altered"),
+    "one bit": ("clients-00003.safetensors", _flip, "was cut short or altered"),
     "empty": ("server.safetensors", lambda path: path.write_bytes(b""), "was cut short or altered"),
-    "missing file": ("client-00003.safetensors", Path.unlink, "is missing"),
+    "missing file": ("clients-00003.safetensors", Path.unlink, "is missing"),
     "missing manifest": ("manifest.json", Path.unlink, "missing or damaged"),
     "half a manifest": ("manifest.json", _cut, "missing or damaged"),
     "a manifest of something else": ("manifest.json", lambda path: path.write_text("[1]"), "missing or damaged"),
     "another version": (
         "manifest.json",
         lambda path: path.write_text(json.dumps({"format_version": 99, "sha256": {}})),
-        "has format version 99; this fedsim reads version 1",
+        "has format version 99; this fedsim reads version 2",
     ),
 }
 
@@ -154,10 +154,10 @@ def test_what_a_kill_left_behind_is_cleared(tmp_path: Path) -> None:
     checkpoints = _write(tmp_path, 1)
     torn = checkpoints / ".round-00002.tmp"
     torn.mkdir()
-    (torn / "client-00099.safetensors").write_bytes(b"half")
+    (torn / "clients-00099.safetensors").write_bytes(b"half")
     assert newest_checkpoint(checkpoints)[0].name == "round-00001"
     _write(tmp_path, 2)
-    assert "client-00099.safetensors" not in newest_checkpoint(checkpoints)[1]["sha256"]
+    assert "clients-00099.safetensors" not in newest_checkpoint(checkpoints)[1]["sha256"]
     assert not torn.exists()
 
 

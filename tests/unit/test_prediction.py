@@ -135,9 +135,9 @@ def test_altered_models_are_refused(trained: tuple[Path, Config], tmp_path: Path
     run, config = trained
     head, relation, _ = _known_question(_client(config, 0))
     shutil.copytree(run, tmp_path / "run")
-    file = tmp_path / "run" / "models" / "client-00000.safetensors"
+    file = tmp_path / "run" / "models" / "clients-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(RunError, match=r"client-00000\.safetensors was cut short or altered"):
+    with pytest.raises(RunError, match=r"clients-00000\.safetensors was cut short or altered"):
         predict(tmp_path / "run", 0, head, relation, "tail", 5)
 
 
