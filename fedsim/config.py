@@ -100,7 +100,7 @@ class TrainingConfig(Section):
 
     loss: str = Field("one_vs_all", description="one_vs_all (cross-entropy over all entities) or self_adversarial")
     batch_size: Count = Field(256, description="triples per step")
-    local_epochs: Count = Field(3, description="epochs per round")
+    local_epochs: Annotated[int, Field(ge=0)] = Field(3, description="epochs per round; 0 trains nothing (benchmarks)")
     optimizer: Literal["adam", "adagrad"] = Field("adam", description="optimiser of all parameters")
     learning_rate: Positive = Field(0.01, description="learning rate of the embedding tables")
     module_learning_rate: Positive | None = Field(
