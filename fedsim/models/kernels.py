@@ -6,6 +6,7 @@ stays in the cache. What a pass needs again is computed again, which costs less 
 Leading dimensions `...` stack independent tables and their queries; they are the same for all arguments.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 # Numbers per block: on a CPU a block stays in the second-level cache, an accelerator wants few large kernels.
-_BLOCK_SIZE_CPU = 1 << 17
+_BLOCK_SIZE_CPU = 1 << 18
 _BLOCK_SIZE_ACCELERATOR = 1 << 26
 # Candidates per block when all are compared with all: few enough for the sums over queries to stay in the cache too.
 _BLOCK_COLUMNS_CPU = 128
@@ -154,29 +155,36 @@ class _DotRows(torch.autograd.Function):
 
 
 class _DistanceRows(torch.autograd.Function):
-    """Distances of each query to its own rows."""
+    """Distances of each query to its own rows, pair by pair in the order of the rows.
+
+    In that order each row of a large table is read, and its gradient written, once and in sequence; the queries, which
+    are few, stay in the cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, table: Tensor, ids: Tensor, norm: Norm) -> Tensor:
         """Compute the distances, [num_queries, num]."""
-        ctx.save_for_backward(query, table, ids)
+        rows, order = ids.flatten().sort(stable=True)
+        users = order // max(ids.shape[1], 1)  # the query of each pair
+        ctx.save_for_backward(query, table, rows, users, order)
         ctx.norm = norm
-        distances = query.new_empty(ids.shape)
-        for rows, columns, differences in _row_differences(query, table, ids):
-            distances[rows, columns] = norm.measure(differences)
-        return distances
+        in_order = query.new_empty(rows.shape)
+        for pairs, differences in _pair_differences(query, table, rows, users):
+            in_order[pairs] = norm.measure(differences)
+        return torch.empty_like(in_order).scatter_(0, order, in_order).view(ids.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Compute the gradients of the query, [num_queries, dim], and of the table, [num_rows, dim]."""
-        query, table, ids = ctx.saved_tensors
+        query, table, rows, users, order = ctx.saved_tensors
         query_grad, table_grad = torch.zeros_like(query), torch.zeros_like(table)
-        for rows, columns, differences in _row_differences(query, table, ids):
-            slope = ctx.norm.slope(differences, grad[rows, columns])  # [rows, columns, dim]
-            query_grad[rows] += slope.sum(1)
-            _subtract_rows(table_grad, ids[rows, columns].flatten(), slope.flatten(0, 1))
-        return query_grad, table_grad, None, None
+        in_order = grad.flatten().index_select(0, order)
+        for pairs, differences in _pair_differences(query, table, rows, users):
+            slope = ctx.norm.slope(differences, in_order[pairs])  # [num_pairs, dim]
+            _add_rows(query_grad, users[pairs], slope)
+            _add_rows(table_grad, rows[pairs], slope)
+        return query_grad, table_grad.neg_(), None, None
 
 
 class _Distance(torch.autograd.Function):
@@ -205,61 +213,52 @@ class _Distance(torch.autograd.Function):
         return query_grad, candidates_grad, None
 
 
-def _subtract_rows(table: Tensor, ids: Tensor, values: Tensor) -> None:
-    """Take values [num, dim] off rows [num] of a table, rows repeated or not, in a fixed order."""
+def _add_rows(table: Tensor, ids: Tensor, values: Tensor) -> None:
+    """Add values [num, dim] to rows [num] of a table, some of them the same, in a fixed order."""
     if table.device.type == "cpu":
-        table.index_add_(0, ids, values, alpha=-1)
-    else:  # sorts; the other would add in any order
-        table.index_put_((ids,), values.neg_(), accumulate=True)
+        table.index_add_(0, ids, values)
+    else:  # sorts, where the other adds in any order
+        table.index_put_((ids,), values, accumulate=True)
 
 
-def _row_differences(query: Tensor, table: Tensor, ids: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Subtract each query's own rows from it, in blocks of (queries, columns of ids, [queries, columns, dim])."""
+def _pair_differences(query: Tensor, table: Tensor, rows: Tensor, users: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Subtract a row from a query, pair by pair, in blocks of (pairs, [num_pairs, dim])."""
     dim = query.shape[1]
-    buffer: Tensor | None = None
-    for _, rows, columns in _blocks((1, *ids.shape), dim, query.device, ids.shape[1]):
-        block = ids[rows, columns]
-        if buffer is None:
-            buffer = query.new_empty(block.numel(), dim)
-        gathered = torch.index_select(table, 0, block.flatten(), out=buffer[: block.numel()]).view(*block.shape, dim)
-        yield rows, columns, torch.sub(query[rows].unsqueeze(1), gathered, out=gathered)
+    size = max(_block_size(query.device) // max(dim, 1), 1)
+    own, others = query.new_empty(2, min(size, len(rows)), dim)
+    for start in range(0, len(rows), size):
+        pairs = slice(start, min(start + size, len(rows)))
+        num = pairs.stop - start
+        torch.index_select(query, 0, users[pairs], out=own[:num])
+        torch.index_select(table, 0, rows[pairs], out=others[:num])
+        yield pairs, own[:num].sub_(others[:num])
 
 
 def _all_differences(query: Tensor, candidates: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Subtract all pairs in blocks of (tables, queries, candidates, [tables, queries, candidates, dim])."""
-    dim, num = query.shape[2], candidates.shape[1]
-    width = min(num, _BLOCK_COLUMNS_CPU) if query.device.type == "cpu" else num
-    buffer: Tensor | None = None
-    for tables, rows, columns in _blocks((*query.shape[:2], num), dim, query.device, width):
-        own, others = query[tables, rows].unsqueeze(2), candidates[tables, columns].unsqueeze(1)
-        shape = (own.shape[0], own.shape[1], others.shape[2], dim)
-        if buffer is None:
-            buffer = query.new_empty(shape).flatten()
-        block = buffer[: torch.Size(shape).numel()].view(shape)
-        yield tables, rows, columns, torch.sub(own, others, out=block)
+    """Subtract all pairs in blocks of (tables, queries, candidates, [tables, queries, candidates, dim]).
 
-
-def _blocks(
-    shape: tuple[int, int, int], dim: int, device: torch.device, width: int
-) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut all pairs into blocks, the largest first, in an order that the shapes alone decide.
-
-    Args:
-        shape: stacked tables, queries of each, candidates of each query.
-        dim: numbers per pair.
-        device: of the tensors.
-        width: columns of a block, fewer where they do not fit; all if whole tables fit.
+    A block has several tables only if it has all pairs of each. The order follows from the shapes alone.
     """
-    num_tables, num_rows, num_columns = shape
-    block_size = _BLOCK_SIZE_CPU if device.type == "cpu" else _BLOCK_SIZE_ACCELERATOR
-    num_pairs = max(block_size // max(dim, 1), 1)
+    num_tables, num_rows, dim = query.shape
+    num_columns = candidates.shape[1]
+    num_pairs = max(_block_size(query.device) // max(dim, 1), 1)
     if num_rows * num_columns <= num_pairs:
         width, height = max(num_columns, 1), max(num_rows, 1)
         depth = num_pairs // max(num_rows * num_columns, 1)
     else:
-        width = max(min(width, num_pairs), 1)
+        widest = min(_BLOCK_COLUMNS_CPU, num_columns) if query.device.type == "cpu" else num_columns
+        width = min(widest, num_pairs)
         height, depth = max(num_pairs // width, 1), 1
+    buffer = query.new_empty(min(depth, num_tables) * min(height, num_rows) * width * dim)
     for table in range(0, num_tables, depth):
         for row in range(0, num_rows, height):
             for column in range(0, num_columns, width):
-                yield slice(table, table + depth), slice(row, row + height), slice(column, column + width)
+                block = slice(table, table + depth), slice(row, row + height), slice(column, column + width)
+                own = query[block[0], block[1]].unsqueeze(2)
+                others = candidates[block[0], block[2]].unsqueeze(1)
+                shape = own.shape[0], own.shape[1], others.shape[2], dim
+                yield *block, torch.sub(own, others, out=buffer[: math.prod(shape)].view(shape))
+
+
+def _block_size(device: torch.device) -> int:
+    return _BLOCK_SIZE_CPU if device.type == "cpu" else _BLOCK_SIZE_ACCELERATOR
