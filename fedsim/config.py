@@ -113,6 +113,9 @@ class TrainingConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of one_vs_all")
     n3_weight: Weight = Field(0.0, description="weight of the N3 regulariser")
     num_negatives: Count = Field(256, description="negatives per triple of self_adversarial")
+    negatives: Literal["per_triple", "shared"] = Field(
+        "per_triple", description="negatives of self_adversarial: of each query, or one set for a client's whole batch"
+    )
     margin: Positive = Field(10.0, description="gamma of self_adversarial")
     adversarial_temperature: Weight = Field(1.0, description="temperature of self_adversarial; 0 weighs all alike")
     corruption: Literal["tail", "both"] = Field("both", description="sides asked for in training")
@@ -125,6 +128,54 @@ class FederationConfig(Section):
     num_rounds: Count = Field(15, description="federation rounds")
     cohort_fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of clients sampled per round")
     cohort_size: Count | None = Field(None, description="number of clients sampled per round; null uses the fraction")
+
+
+class ParticipationConfig(Section):
+    """Availability, stragglers and a virtual clock, simulated; the defaults simulate nothing (method.md section 6)."""
+
+    availability: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the rounds in which a client is available"
+    )
+    mean_outage_rounds: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
+        None, description="rounds that a client stays away, on average; null draws each round on its own"
+    )
+    trace_file: str | None = Field(
+        None, description="csv with client,round,available[,speed]; a row holds until the client's next one"
+    )
+    slowness_spread: Weight = Field(
+        0.0, description="how unlike clients' speeds are: standard deviation of log slowness; 0 makes them alike"
+    )
+    slowness_jitter: Weight = Field(0.0, description="the same between the rounds of one client")
+    seconds_per_step: Weight = Field(0.05, description="virtual seconds of a training step at a client of normal speed")
+    bytes_per_second: Positive | None = Field(
+        None, description="a client's bandwidth, per virtual second; null lets messages take no time"
+    )
+    deadline_seconds: Positive | None = Field(
+        None, description="virtual seconds after which a round closes; later clients are left out; null waits for all"
+    )
+    over_selection: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        1.0, description="clients asked per cohort member; the first ones in virtual time are kept"
+    )
+    min_clients: Count = Field(1, description="fewest clients that make a round")
+    too_few: Literal["stop", "skip"] = Field(
+        "stop", description="what becomes of a round with fewer: the run is refused before it starts, or goes on"
+    )
+
+    @model_validator(mode="after")
+    def _one_source_of_availability(self) -> "ParticipationConfig":
+        if self.trace_file is not None and (self.availability < 1 or self.mean_outage_rounds is not None):
+            raise ValueError(
+                "participation.trace_file says who is available, and so do availability and mean_outage_rounds: "
+                "leave these at their defaults, or trace_file out"
+            )
+        if self.mean_outage_rounds is not None:
+            shortest = (1 - self.availability) / self.availability
+            if self.availability == 1 or self.mean_outage_rounds < shortest:
+                raise ValueError(
+                    f"participation.mean_outage_rounds {self.mean_outage_rounds:g} does not go with availability "
+                    f"{self.availability:g}: " + (f"give at least {shortest:.3g}" if shortest else "nobody is away")
+                )
+        return self
 
 
 class DistillationConfig(Section):
@@ -206,6 +257,7 @@ class Config(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
+    participation: ParticipationConfig = ParticipationConfig()
     distillation: DistillationConfig = DistillationConfig()
     communication: CommunicationConfig = CommunicationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -219,6 +271,16 @@ class Config(Section):
             raise ValueError(
                 "training.corruption 'tail' with training.reciprocal leaves the relations of head queries untrained, "
                 "but evaluation.protocol 'both' asks for heads: set the protocol to fede, or reciprocal to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _more_clients_can_be_selected(self) -> "Config":
+        federation = self.federation
+        if self.participation.over_selection > 1 and federation.cohort_size is None and federation.cohort_fraction == 1:
+            raise ValueError(
+                f"participation.over_selection {self.participation.over_selection:g} asks more clients than a cohort "
+                f"has, but the cohort is everybody: set federation.cohort_size or federation.cohort_fraction"
             )
         return self
 

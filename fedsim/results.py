@@ -1,13 +1,14 @@
 """What a run tells and ends with: progress for an observer, rows of metrics, and the result."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedsim.config import Config
 from fedsim.evaluation.ranking import RankingMetrics, weighted_mean
 from fedsim.federated.client import ClientEvaluation
+from fedsim.federated.participation import RoundPlan
 from fedsim.federated.runtime import RoundResult
 
 NEAR_BEST = 0.95  # share of the best validation MRR at which a run counts as converged
@@ -27,10 +28,10 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """One finished round, for the progress display; `seconds` is by phase."""
+    """One finished round, for the progress display; `seconds` is by phase, `loss` None if the round was skipped."""
 
     round_num: int
-    loss: float
+    loss: float | None
     valid_mrr: float | None
     best_mrr: float | None
     seconds: dict[str, float]
@@ -85,10 +86,28 @@ class ClientResult:
 
 
 @dataclass(frozen=True)
+class ParticipationTotals:
+    """What a simulated participation added up to; see `RoundPlan`.
+
+    Attributes:
+        virtual_seconds: of all rounds.
+        num_late: times that a selected client missed the deadline.
+        num_dropped: times that a client in time was not needed.
+        num_skipped: rounds with too few clients.
+    """
+
+    virtual_seconds: float
+    num_late: int
+    num_dropped: int
+    num_skipped: int
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What a run ends with: test metrics of the round with the best validation MRR, costs and instruments.
 
-    `num_rounds_to_95` counts the rounds until the validation MRR was 95 % of the best one.
+    `num_rounds_to_95` counts the rounds until the validation MRR was 95 % of the best one; `participation` is None
+    unless it was simulated.
     """
 
     folder: Path
@@ -102,10 +121,15 @@ class RunResult:
     bytes_down: int
     imputation: dict[str, dict[str, float]]
     consistency: dict[str, float]
+    participation: ParticipationTotals | None = None
 
 
 def metric_rows(
-    round_num: int, result: RoundResult, evaluations: Sequence[ClientEvaluation], seconds: Mapping[str, float]
+    round_num: int,
+    result: RoundResult,
+    evaluations: Sequence[ClientEvaluation],
+    seconds: Mapping[str, float],
+    plan: RoundPlan | None = None,
 ) -> list[dict[str, Any]]:
     """Make the rows of metrics.jsonl: one per client, and one for the round (client null)."""
     evaluated = {item.client: item for item in evaluations}
@@ -125,7 +149,27 @@ def metric_rows(
     total |= {"phase_seconds": dict(seconds), "server_losses": result.server.losses if result.server else {}}
     if evaluations:
         total["valid"] = metrics_as_json(weighted_mean([item.metrics for item in evaluations]))
+    if plan is not None:
+        total["participation"] = {
+            "virtual_seconds": plan.virtual_seconds,
+            "virtual_seconds_total": plan.total_seconds,
+            "available": plan.num_available,
+            "selected": plan.num_selected,
+            "trained": len(plan.cohort),
+            "late": plan.late,
+            "dropped": plan.dropped,
+        }
     return [*rows, total]
+
+
+def participation_totals(plans: Sequence[RoundPlan]) -> ParticipationTotals:
+    """Add up the rounds of a run, from the first."""
+    return ParticipationTotals(
+        virtual_seconds=plans[-1].total_seconds,
+        num_late=sum(len(plan.late) for plan in plans),
+        num_dropped=sum(len(plan.dropped) for plan in plans),
+        num_skipped=sum(not plan.cohort for plan in plans),
+    )
 
 
 def rounds_to_95(rows: Sequence[Mapping[str, Any]], best_round: int, best_mrr: float) -> int:
@@ -162,6 +206,7 @@ def result_as_json(result: RunResult) -> dict[str, Any]:
         "bytes_down": result.bytes_down,
         "imputation": result.imputation,
         "consistency": result.consistency,
+        "participation": asdict(result.participation) if result.participation is not None else None,
     }
 
 

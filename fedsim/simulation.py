@@ -18,6 +18,7 @@ from fedsim.config import Config
 from fedsim.errors import RunError
 from fedsim.evaluation.ranking import weighted_mean
 from fedsim.federated.client import ClientEvaluation
+from fedsim.federated.participation import Schedule, cohort_size, make_schedule
 from fedsim.federated.runtime import (
     Experiment,
     InProcessRuntime,
@@ -36,6 +37,7 @@ from fedsim.results import (
     RunResult,
     SilentObserver,
     metric_rows,
+    participation_totals,
     result_as_json,
     round_bytes,
     rounds_to_95,
@@ -76,9 +78,10 @@ def run(
     """
     RunFolder.refuse_existing(config)
     experiment = prepare(config)
+    schedule = make_schedule(experiment)
     with closing(runtime_factory(experiment)) as runtime:
         folder = RunFolder.create(config)  # not before the runtime stands: a start that fails leaves nothing behind
-        return _run(experiment, runtime, folder, Progress(), None, observer or SilentObserver())
+        return _run(experiment, schedule, runtime, folder, Progress(), None, observer or SilentObserver())
 
 
 def resume(
@@ -101,10 +104,11 @@ def resume(
             _verify_best(folder.checkpoint(progress.best_round))
     folder.rewind_metrics(progress.round_num)
     experiment = prepare(config)
+    schedule = make_schedule(experiment)
     with closing(runtime_factory(experiment)) as runtime:
         if checkpoint is not None:
             runtime.load(checkpoint)
-        return _run(experiment, runtime, folder, progress, checkpoint, observer or SilentObserver())
+        return _run(experiment, schedule, runtime, folder, progress, checkpoint, observer or SilentObserver())
 
 
 def evaluate(path: Path, runtime_factory: RuntimeFactory = in_process_runtime) -> RunResult:
@@ -116,11 +120,12 @@ def evaluate(path: Path, runtime_factory: RuntimeFactory = in_process_runtime) -
         raise RunError(f"{path} has not been validated yet; finish it with `fedsim resume {path}`")
     experiment = prepare(config)
     with closing(runtime_factory(experiment)) as runtime:
-        return _finish(runtime, folder, progress, checkpoint)
+        return _finish(runtime, make_schedule(experiment), folder, progress, checkpoint)
 
 
 def _run(
     experiment: Experiment,
+    schedule: Schedule | None,
     runtime: Runtime,
     folder: RunFolder,
     progress: Progress,
@@ -136,19 +141,25 @@ def _run(
         observer.message(
             f"{experiment.num_moved} valid and test triples that their client could not learn moved to its train"
         )
-    newest = run_rounds(experiment, runtime, folder, progress, observer) or checkpoint
+    newest = run_rounds(experiment, schedule, runtime, folder, progress, observer) or checkpoint
     assert newest is not None, "there is at least one round"
-    result = _finish(runtime, folder, progress, newest)
+    result = _finish(runtime, schedule, folder, progress, newest)
     replace_text(folder.result_file, json.dumps(result_as_json(result), indent=1) + "\n")
     return result
 
 
 def run_rounds(
-    experiment: Experiment, runtime: Runtime, folder: RunFolder, progress: Progress, observer: Observer
+    experiment: Experiment,
+    schedule: Schedule | None,
+    runtime: Runtime,
+    folder: RunFolder,
+    progress: Progress,
+    observer: Observer,
 ) -> Path | None:
     """Run the federation's rounds; returns the newest checkpoint, or None if no round was left.
 
-    1. sample the cohort, 2. broadcast, train, aggregate and distil, 3. validate, 4. record, 5. checkpoint.
+    1. sample the cohort (none if the round is skipped), 2. broadcast, train, aggregate and distil, 3. validate,
+    4. record, 5. checkpoint.
     """
     config = experiment.config
     checkpoint: Path | None = None
@@ -157,22 +168,24 @@ def run_rounds(
         if _out_of_patience(config, progress):
             break
         observer.round_started(round_num)
-        cohort = sample_cohort(config, [data.client for data in experiment.clients], round_num)
-        result = runtime.train(round_num, cohort)
+        plan = schedule.plan(round_num) if schedule is not None else None
+        cohort = plan.cohort if plan else sample_cohort(config, [data.client for data in experiment.clients], round_num)
+        result = runtime.train(round_num, cohort) if cohort else RoundResult([], None, {})
         started = time.perf_counter()
         is_last = round_num == num_rounds
         due = round_num % config.evaluation.every == 0 or is_last
         evaluations = runtime.evaluate("valid", round_num, choose=True) if due else []
         seconds = result.seconds | {"evaluate": time.perf_counter() - started}
         is_best = _advance(progress, round_num, result, evaluations, seconds)
-        folder.append_metrics(metric_rows(round_num, result, evaluations, seconds))
+        folder.append_metrics(metric_rows(round_num, result, evaluations, seconds, plan))
         started = time.perf_counter()
         if is_best or is_last or round_num % config.checkpoint.every == 0 or _out_of_patience(config, progress):
             checkpoint = write_checkpoint(folder.checkpoints, round_num, asdict(progress), runtime.save)
             prune_checkpoints(folder.checkpoints, config.checkpoint.keep, progress.best_round)
         progress.seconds["checkpoint"] = progress.seconds.get("checkpoint", 0.0) + time.perf_counter() - started
         valid_mrr = weighted_mean([item.metrics for item in evaluations]).mrr if evaluations else None
-        loss = float(np.mean([report.losses["total"] for report in result.reports]))
+        losses = [report.losses["total"] for report in result.reports]
+        loss = float(np.mean(losses)) if losses else None
         up, down = round_bytes(result)
         observer.round_finished(RoundSummary(round_num, loss, valid_mrr, progress.best_mrr, seconds, up, down))
     return checkpoint
@@ -180,13 +193,14 @@ def run_rounds(
 
 def sample_cohort(config: Config, clients: Sequence[int], round_num: int) -> list[int]:
     """Sample the clients of a round, sorted; a pure function of (seed, round)."""
-    federation = config.federation
-    size = min(federation.cohort_size or max(1, round(federation.cohort_fraction * len(clients))), len(clients))
+    size = cohort_size(config.federation, len(clients))
     picked = numpy_generator(config.seed, "cohort", round_num=round_num).choice(len(clients), size, replace=False)
     return sorted(clients[int(index)] for index in picked)
 
 
-def _finish(runtime: Runtime, folder: RunFolder, progress: Progress, newest: Path) -> RunResult:
+def _finish(
+    runtime: Runtime, schedule: Schedule | None, folder: RunFolder, progress: Progress, newest: Path
+) -> RunResult:
     """Rank the test triples with the models of the round with the best validation MRR."""
     started = time.perf_counter()
     best_round = progress.best_round
@@ -215,6 +229,7 @@ def _finish(runtime: Runtime, folder: RunFolder, progress: Progress, newest: Pat
         bytes_down=progress.bytes_down,
         imputation=_imputation_table(measured),
         consistency=measured.consistency,
+        participation=participation_totals(schedule.rounds[: progress.round_num]) if schedule is not None else None,
     )
 
 

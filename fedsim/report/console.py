@@ -72,7 +72,9 @@ class ConsoleObserver:
 
     def round_finished(self, summary: RoundSummary) -> None:
         """Move the bar, or write the round's line."""
-        scores = f"loss {summary.loss:.4f}  valid MRR {_number(summary.valid_mrr)}  best {_number(summary.best_mrr)}"
+        scores = (
+            f"loss {_number(summary.loss)}  valid MRR {_number(summary.valid_mrr)}  best {_number(summary.best_mrr)}"
+        )
         if self._progress is not None:
             self._progress.update(self._task, completed=summary.round_num, description=scores)
             return
@@ -109,6 +111,13 @@ def show_result(result: RunResult, console: Console) -> None:
         show_rows("Semantic consistency between clients", ["", "cosine"], rows, console)
     seconds = {**result.seconds, "together": sum(result.seconds.values())}
     show_rows("Time", ["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()], console)
+    clock = result.participation
+    if clock is not None:
+        console.print(
+            f"Virtual clock: {clock.virtual_seconds:,.1f} s; {clock.num_late} late, {clock.num_dropped} dropped, "
+            f"{clock.num_skipped} round(s) skipped",
+            highlight=False,
+        )
     console.print(
         f"Bytes: {format_bytes(result.bytes_up)} up, {format_bytes(result.bytes_down)} down\n"
         f"Validation MRR: 95 % of the best one after {result.num_rounds_to_95} round(s)\n"
