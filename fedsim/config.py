@@ -116,6 +116,9 @@ class TrainingConfig(Section):
     negatives: Literal["per_triple", "shared"] = Field(
         "per_triple", description="negatives of self_adversarial: of each query, or one set for a client's whole batch"
     )
+    negatives: Literal["per_triple", "shared"] = Field(
+        "per_triple", description="negatives of self_adversarial: of each query, or one set for a client's whole batch"
+    )
     margin: Positive = Field(10.0, description="gamma of self_adversarial")
     adversarial_temperature: Weight = Field(1.0, description="temperature of self_adversarial; 0 weighs all alike")
     corruption: Literal["tail", "both"] = Field("both", description="sides asked for in training")

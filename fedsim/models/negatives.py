@@ -1,0 +1,54 @@
+"""Negatives of `self_adversarial`: drawn for each query, or one set that all queries of a client's batch share.
+
+Negatives of its own for each query are what FedE and RotatE train on. Shared ones are compared with all queries at
+once, as a matrix product or a blocked distance, which costs a fraction; each query still sees as many.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedsim.config import TrainingConfig
+from fedsim.models.client_model import ClientModel
+from fedsim.models.kernels import take_rows
+
+
+def draw_negatives(
+    config: TrainingConfig, shape: Sequence[int], num_entities: int, generator: torch.Generator
+) -> Tensor:
+    """Draw uniformly from all entities of one client, true answers among them, as the authors' code does.
+
+    Args:
+        config: number of negatives, and whether they are shared.
+        shape: of the client's queries.
+        num_entities: of this client alone, without padding.
+        generator: on the CPU.
+
+    Returns:
+        Local entity ids, int64 [*shape, num_negatives]; shared ones [1, ..., 1, num_negatives].
+    """
+    queries = [1] * len(shape) if config.negatives == "shared" else shape
+    return torch.randint(num_entities, (*queries, config.num_negatives), generator=generator)
+
+
+def candidate_scores(
+    model: ClientModel, queries: Tensor, embeddings: Tensor, target: Tensor, negatives: Tensor
+) -> Tensor:
+    """Score each query's true answer, then its negatives.
+
+    Args:
+        model: its scorer.
+        queries: [..., num_parts, num_queries, dim].
+        embeddings: [..., num_parts, num_entities, dim].
+        target: the true answers. int64 [..., num_queries]
+        negatives: int64 [..., num_queries, num_negatives], or [..., 1, num_negatives] if all queries share them.
+
+    Returns:
+        Scores, the true answer's in column 0. [..., num_queries, 1 + num_negatives]
+    """
+    own = target.unsqueeze(-1)
+    if negatives.shape[-2] == target.shape[-1]:
+        return model.scores_of(queries, embeddings, torch.cat([own, negatives], -1))
+    shared = model.scores(queries, take_rows(embeddings, negatives.squeeze(-2)))
+    return torch.cat([model.scores_of(queries, embeddings, own), shared], -1)
