@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsim.config import CommunicationConfig
 from fedsim.errors import RunError
+from fedsim.federated.compression import check_rows, decode_message
 from fedsim.federated.messages import ClientUpdate, SoftQueries, check_finite
 
 FRACTION_BITS = 40
@@ -128,6 +130,7 @@ class SumShape:
         num_modalities: of which tokens are summed; 0 without prototypes.
         num_clients: of the federation.
         num_triples: training triples of all clients.
+        communication: precision and share of the rows that updates bring.
     """
 
     num_entities: int
@@ -135,6 +138,7 @@ class SumShape:
     num_modalities: int
     num_clients: int
     num_triples: int
+    communication: CommunicationConfig
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ class RoundSums:
                 a value that is not finite or too large. The sums are not touched then.
         """
         started = time.perf_counter()
+        update = decode_message(update)
         self._check(update)
         self.rows.add(update.entity_ids, update.entity)
         self.modules.add(update.modules, update.num_triples / self.shape.num_triples)
@@ -261,8 +266,7 @@ class RoundSums:
             raise RunError(f"{who}: a second update in the same round")
         if update.client not in self.ownership:
             raise RunError(f"{who}: an update of a client that is not registered")
-        if not torch.equal(update.entity_ids, self.ownership[update.client]):
-            raise RunError(f"{who}: the update has rows of entities that the client does not own")
+        check_rows(self.shape.communication, update, self.ownership[update.client])
         limit = range_limit(self.shape.num_clients)
         parts = {"entity": update.entity, **update.modules}
         if update.tokens is not None:

@@ -90,7 +90,7 @@ class Exchange:
         Returns:
             ``entity`` and the shared modules; and the prototypes, the client's own tokens taken out.
         """
-        arrived = decode(broadcast)
+        arrived = decode_message(broadcast)
         entity, rows = arrived.entity, arrived.rows
         if rows is not None:
             assert own is not None, "the first exchange is a full one"
@@ -203,8 +203,10 @@ def num_rows_sent(config: CommunicationConfig, round_num: int, num_entities: int
     return min(max(1, round(config.top_k * num_entities)), num_entities)
 
 
-def decode(message: M) -> M:
-    """Turn what arrived into float32."""
+def decode_message(message: M) -> M:
+    """Turn a message that arrived into float32."""
+    if message.entity.dtype == torch.float32:
+        return message
     decoded: M = _convert(message, lambda value, name: value.float())
     return decoded
 
@@ -222,7 +224,7 @@ def check_rows(config: CommunicationConfig, update: ClientUpdate, owned: Tensor)
     if not own:
         raise RunError(f"{who}: the update has rows of entities that the client does not own")
     if count is not None and not (len(ids) == count and bool((ids.diff() > 0).all())):
-        raise RunError(f"{who}: the update has {len(ids.unique())} distinct rows, sorted or not, instead of {count}")
+        raise RunError(f"{who}: the update has {len(ids)} rows, in this round there must be {count}, sorted, each once")
 
 
 def _to_half(value: Tensor, name: str) -> Tensor:

@@ -123,7 +123,8 @@ class Server:
         num_entities, dim = self.global_model.entity.shape
         prototyping = self.strategy.sends_prototypes and self.model.imputes
         num_modalities = self.model.num_tokens - 1 if prototyping else 0
-        return SumShape(num_entities, dim, num_modalities, len(self.num_triples), sum(self.num_triples.values()))
+        num_clients, num_triples = len(self.num_triples), sum(self.num_triples.values())
+        return SumShape(num_entities, dim, num_modalities, num_clients, num_triples, self.config.communication)
 
     def _open_round(self, round_num: int) -> None:
         self.sums = RoundSums(self.sum_shape(), round_num, self.ownership)
