@@ -1,0 +1,204 @@
+"""Runs a command and watches it: when its rounds end, and the memory of all its processes together.
+
+Memory is the proportional set size (PSS) that Linux gives in /proc/<pid>/smaps_rollup: a page that n processes share
+counts 1/n in each, so the sum over processes is what the machine really holds.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+
+ROUND_LINE = re.compile(r"^round\s+(\d+)/\d+\b")  # as `fedsim run` and the peers' scripts write it
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a process tree at one moment; parts are by the processes' kind."""
+
+    total_bytes: int = 0
+    parts: Mapping[str, int] = field(default_factory=dict)
+    num_processes: int = 0
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was seen of a command.
+
+    Attributes:
+        round_ends: seconds from the command to the end of each round.
+        peak: memory at its highest sample; None if it was not measured.
+    """
+
+    round_ends: list[float]
+    peak: Memory | None
+
+    @property
+    def round_seconds(self) -> list[float]:
+        """Seconds of each round but the first, whose start is not seen."""
+        return [end - start for start, end in zip(self.round_ends, self.round_ends[1:], strict=False)]
+
+
+class ProcessTree:
+    """A process and all that it started, also those whose parent has ended since."""
+
+    def __init__(self, root: int) -> None:
+        self.pids = {root}
+
+    def refresh(self) -> list[int]:
+        """Look for new children, forget those that ended; returns process ids."""
+        parents = dict(_parents())
+        before = -1
+        while len(self.pids) != before:
+            before = len(self.pids)
+            self.pids |= {pid for pid, parent in parents.items() if parent in self.pids}
+        self.pids &= parents.keys()
+        return sorted(self.pids)
+
+    def memory(self) -> Memory:
+        """Sum the PSS of all processes."""
+        pids = self.refresh()
+        parts: dict[str, int] = {}
+        for pid in pids:
+            kind = _kind(pid)
+            parts[kind] = parts.get(kind, 0) + pss_bytes(pid)
+        return Memory(sum(parts.values()), parts, len(pids))
+
+    def num_open_files(self) -> int:
+        """Count the open file handles of all processes."""
+        return sum(_count(f"/proc/{pid}/fd") for pid in self.refresh())
+
+    def end(self) -> None:
+        """Kill what is left."""
+        for pid in self.refresh():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+class MemoryWatch:
+    """Samples the memory of a process tree in a thread and keeps the highest sample."""
+
+    def __init__(self, tree: ProcessTree, interval_seconds: float = 0.5) -> None:
+        self.tree, self.interval_seconds = tree, interval_seconds
+        self.peak = Memory()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval_seconds):
+            self.peak = max(self.peak, self.tree.memory(), key=lambda memory: memory.total_bytes)
+
+
+def watch(
+    command: Sequence[str], environment: Mapping[str, str], *, memory: bool = False, timeout_seconds: float = 900.0
+) -> Watched:
+    """Run a command to its end.
+
+    Args:
+        command: program and arguments; it prints a line ``round 3/5`` at the end of each round.
+        environment: variables to set, beside those of this process.
+        memory: sample memory (which costs the command some time: measure speed without).
+        timeout_seconds: after which it is ended.
+
+    Raises:
+        click.ClickException: if it fails or takes too long, with the last lines that it wrote.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    tree = ProcessTree(process.pid)
+    sampler = MemoryWatch(tree)
+    late = threading.Timer(timeout_seconds, tree.end)
+    late.start()
+    ends: list[float] = []
+    last: deque[str] = deque(maxlen=25)
+    try:
+        if memory:
+            sampler.__enter__()
+        assert process.stdout is not None, "stdout is a pipe"
+        for line in process.stdout:
+            if ROUND_LINE.match(line):
+                ends.append(time.perf_counter() - started)
+            last.append(line.rstrip())
+        code = process.wait()
+    finally:
+        late.cancel()
+        if memory:
+            sampler.__exit__()
+        tree.end()
+        process.wait()
+    if code != 0 or not ends:
+        after = f"after {time.perf_counter() - started:.0f} s: exit code {code}, {len(ends)} rounds"
+        raise click.ClickException(f"{' '.join(command[:4])} ... failed {after}; its last lines:\n" + "\n".join(last))
+    return Watched(ends, sampler.peak if memory else None)
+
+
+def pss_bytes(pid: int) -> int:
+    """Return a process's proportional set size; 0 if it has ended."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0
+
+
+def _parents() -> list[tuple[int, int]]:
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                # The name stands in parentheses and may hold spaces.
+                fields = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            found.append((int(entry), int(fields.split()[1])))
+    return found
+
+
+def _kind(pid: int) -> str:
+    """Say what a process is: an actor by its class, one of Ray's own by its program, or Python."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ").split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "ended"
+    if not words:
+        return "ended"
+    if words[0].startswith("ray::"):
+        return words[0].partition(".")[0]
+    for name in ("gcs_server", "raylet", "dashboard", "log_monitor", "runtime_env", "default_worker"):
+        if any(name in word for word in words[:3]):
+            return name
+    return Path(words[0]).name
+
+
+def _count(folder: str) -> int:
+    try:
+        return len(os.listdir(folder))
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
