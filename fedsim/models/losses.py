@@ -6,10 +6,11 @@ client; with `self_adversarial` they are the true answer (column 0) and sampled 
 To add one: write a class with the members of `Loss`, and add a line to `LOSSES`.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedsim.config import TrainingConfig
@@ -47,16 +48,44 @@ class OneVsAll:
         self, logits: Tensor, target: Tensor, weight: Tensor, config: TrainingConfig, real: Tensor | None = None
     ) -> Tensor:
         """Return the weighted sum of cross-entropies; label smoothing spreads over the real candidates."""
-        log_total = logits.logsumexp(-1)  # [..., num_queries]
-        loss = log_total - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        share = None
         if config.label_smoothing > 0:
-            if real is None:
-                mean = logits.mean(-1)
-            else:
-                share = real.to(logits.dtype) / real.sum(-1, keepdim=True)  # [..., num_candidates]
-                mean = (logits * share.unsqueeze(-2)).sum(-1)
-            loss = (1 - config.label_smoothing) * loss + config.label_smoothing * (log_total - mean)
+            each = torch.ones_like(logits[..., 0, :]) if real is None else real.to(logits.dtype)
+            share = config.label_smoothing * each / each.sum(-1, keepdim=True)  # [..., num_candidates]
+        loss: Tensor = _CrossEntropy.apply(logits, target, 1 - config.label_smoothing, share)  # type: ignore[no-untyped-call]
         return (weight * loss).sum(-1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy with the labels `sharpness` at the target plus `share` [..., num_candidates] at all candidates.
+
+    One tensor of the logits' size is made: the model's distribution, which the backward pass turns into the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, sharpness: float, share: Tensor | None) -> Tensor:
+        """Compute each query's loss, [..., num_queries]."""
+        distribution = torch.softmax(logits, -1)
+        # The largest probability is 1 / sum_i exp(logit_i - largest), at least 1 / num_candidates: its log is exact.
+        log_total = logits.amax(-1) - distribution.amax(-1).log_()
+        ctx.save_for_backward(target, share)
+        ctx.distribution, ctx.sharpness = distribution, sharpness
+        loss = log_total - sharpness * logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        return loss if share is None else loss - torch.einsum("...qc,...c->...q", logits, share)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Compute the gradient of the logits: the distribution less the labels, times the loss's gradient."""
+        target, share = ctx.saved_tensors
+        result: Tensor = ctx.distribution
+        assert result is not None, "the gradient was computed in place of the distribution, so only once"
+        ctx.distribution = None
+        slope = grad.unsqueeze(-1)
+        result.mul_(slope).scatter_add_(-1, target.unsqueeze(-1), -ctx.sharpness * slope)
+        if share is not None:
+            result.addcmul_(slope, share.unsqueeze(-2), value=-1)
+        return result, None, None, None
 
 
 class SelfAdversarial:

@@ -53,7 +53,8 @@ def test_one_vs_all_by_hand() -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 def test_one_vs_all_equals_torch(label_smoothing: float) -> None:
-    logits = torch.randn(6, 9, generator=generator(), dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(6, 9, generator=generator(), dtype=torch.float64) * 50
+    logits.requires_grad_()
     target = torch.randint(9, (6,), generator=generator(1))
     weight = torch.full((6,), 1 / 6, dtype=torch.float64)
     loss = LOSSES["one_vs_all"](logits, target, weight, _settings(label_smoothing=label_smoothing))
