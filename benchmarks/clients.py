@@ -155,11 +155,11 @@ def measure(
                 if sampling:
                     entry.peak = seen.peak
                     continue
-                rounds = seen.round_seconds[:-1] if contestant.program == "fedsim" else seen.round_seconds
-                entry.round_seconds += rounds
+                seconds = seen.round_seconds[:-1] if contestant.program == "fedsim" else seen.round_seconds
+                entry.round_seconds += seconds
                 entry.first_seconds.append(seen.round_ends[0])
                 sheet.progress(
-                    f"{num_clients} clients, {contestant.name}: {', '.join(f'{value:.2f}' for value in rounds)} s, "
+                    f"{num_clients} clients, {contestant.name}: {', '.join(f'{value:.2f}' for value in seconds)} s, "
                     f"first round after {seen.round_ends[0]:.1f} s"
                 )
     return found

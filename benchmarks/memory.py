@@ -1,0 +1,102 @@
+"""Memory of all processes of a run together: hundreds of pooled clients.
+
+    FEDSIM_DATA=data python benchmarks/memory.py --output runs/memory.md
+    python benchmarks/memory.py --job no-op                  # needs no data set
+
+Memory is the sum of the proportional set sizes (PSS) of the command and all that it started, Ray's own processes and
+object store included, sampled twice a second from the command to its end; the table shows the highest sample.
+"""
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from job_data import make_data
+from process_tree import watch
+from tables import Sheet, megabytes
+
+import fedsim
+from fedsim.config import dump_config
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+POOLED: dict[str, Any] = {
+    "runtime.kind": "ray",
+    "runtime.placement": "pooled",
+    "runtime.num_actors": 2,
+    "checkpoint.keep": 1,
+}
+FB15K: dict[str, Any] = POOLED | {"data.path": "FB15k-237", "data.split": "dirichlet", "data.num_clients": 300}
+
+
+@dataclass(frozen=True)
+class MemoryJob:
+    """A run and the memory it may take."""
+
+    title: str
+    settings: Mapping[str, Any]
+    limit_bytes: float
+
+
+JOBS = {
+    "fede": MemoryJob(
+        "300 clients of FB15k-237, FedE on structure",
+        FB15K | {"federation.strategy": "fede", "model.fusion": "none", "data.modalities": []},
+        3e9,
+    ),
+    "mmfed3": MemoryJob(
+        "300 clients of FB15k-237 with texts, MMFeD3-HidE",
+        FB15K | {"data.modalities": ["text"], "training.local_epochs": 1},
+        3e9,
+    ),
+    "no-op": MemoryJob("1000 no-op clients of 300 triples", {}, 1.2e9),
+}
+
+
+def run_job(job: MemoryJob, num_rounds: int, sheet: Sheet) -> tuple[list[str], list[tuple[str, int]], bool]:
+    """Run a job; returns its row, its processes by kind, and whether it stays within its limit."""
+    with tempfile.TemporaryDirectory(prefix="fedsim-memory-") as name:
+        settings = dict(job.settings)
+        if not settings:
+            settings = {**make_data(Path(name) / "job", 1000, 300).settings(), "training.local_epochs": 0}
+        config = fedsim.load_config(overrides=settings | {"federation.num_rounds": num_rounds})
+        file = Path(name) / "config.yaml"
+        file.write_text(dump_config(config), encoding="utf-8")
+        fedsim_command = str(Path(sys.executable).with_name("fedsim"))
+        sheet.progress(f"{job.title} ...")
+        words = [fedsim_command, "run", str(file), "--output", str(Path(name) / "run")]
+        seen = watch(words, ENVIRONMENT, memory=True, timeout_seconds=3600)
+    assert seen.peak is not None, "memory was sampled"
+    peak = seen.peak.total_bytes
+    row = [job.title, megabytes(peak), megabytes(job.limit_bytes), str(seen.peak.num_processes)]
+    parts = sorted(seen.peak.parts.items(), key=lambda part: -part[1])
+    return [*row, f"{seen.round_ends[-1]:.0f}"], parts, peak <= job.limit_bytes
+
+
+@click.command()
+@click.option("--job", "names", multiple=True, type=click.Choice(list(JOBS)), help="these alone [default: all]")
+@click.option("--rounds", default=2, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), help="write the tables as markdown")
+def main(names: tuple[str, ...], rounds: int, output: Path | None) -> None:
+    """Measure the peak of each job."""
+    sheet = Sheet("Memory of hundreds of clients", output)
+    rows, kinds, verdicts = [], [], []
+    for job in [JOBS[name] for name in names or JOBS]:
+        try:
+            row, parts, met = run_job(job, rounds, sheet)
+        except fedsim.FedSimError as err:
+            raise click.ClickException(f"{job.title}: {err}") from err
+        rows.append(row)
+        verdicts.append((job.title, f"<= {megabytes(job.limit_bytes)} MB", f"{row[1]} MB", met))
+        kinds += [(job.title, kind, megabytes(size)) for kind, size in parts if size > 5e6]
+    sheet.table("Peak of all processes together", ("job", "peak MB", "limit MB", "processes", "seconds"), rows)
+    sheet.table("Where it is at the peak", ("job", "process", "MB"), kinds)
+    sheet.verdicts(verdicts)
+    sheet.close()
+
+
+if __name__ == "__main__":
+    main()

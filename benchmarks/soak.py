@@ -1,0 +1,149 @@
+"""Does anything grow? Hundreds of rounds of small clients: memory, object store and open files per round.
+
+    python benchmarks/soak.py --output runs/soak.md
+
+After each round it sums the proportional set sizes of all processes, reads the size of Ray's object store from Ray's
+own metrics, and counts open file handles. The slope is by least squares over the rounds after a warm-up; because
+neighbouring rounds are alike, the standard error is that of the means of blocks of rounds. Nothing grows if the slope
+is within two standard errors of zero.
+"""
+
+import os
+import re
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.error import URLError
+
+import click
+import numpy as np
+import ray
+from job_data import make_data
+from process_tree import ProcessTree
+from tables import Sheet
+
+import fedsim
+from actors.runtime import ray_runtime
+from fedsim.results import RoundSummary, RunInfo
+
+NUM_BLOCKS = 20
+STORE_METRIC = re.compile(r"^ray_object_store_memory\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
+
+
+@dataclass
+class Samples:
+    """An observer of the run that samples after each round."""
+
+    tree: ProcessTree
+    sheet: Sheet
+    every: int
+    memory: list[float] = field(default_factory=list)
+    store: list[float] = field(default_factory=list)
+    files: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    started: float = 0.0
+
+    def run_started(self, info: RunInfo) -> None:
+        """Say where it runs."""
+        self.sheet.progress("; ".join(info.placement))
+
+    def round_started(self, round_num: int) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def round_finished(self, summary: RoundSummary) -> None:
+        """Sample."""
+        self.seconds.append(time.perf_counter() - self.started)
+        self.memory.append(self.tree.memory().total_bytes)
+        self.store.append(object_store_bytes())
+        self.files.append(self.tree.num_open_files())
+        if summary.round_num % self.every == 0:
+            now = f"{self.memory[-1] / 1e6:.1f} MB, object store {self.store[-1] / 1e6:.1f} MB, {self.files[-1]:.0f}"
+            self.sheet.progress(f"round {summary.round_num}: {now} files, {self.seconds[-1]:.2f} s")
+
+    def message(self, text: str) -> None:
+        """Show what the run has to say."""
+        self.sheet.progress(text)
+
+
+def object_store_bytes() -> float:
+    """Return what the object stores of all nodes hold, by Ray's metrics; NaN if they cannot be read."""
+    total = 0.0
+    for node in ray.nodes():
+        try:
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                found = STORE_METRIC.findall(answer.read().decode())
+        except (URLError, OSError):
+            return float("nan")
+        total += sum(map(float, found)) if found else float("nan")
+    return total
+
+
+def slope(values: list[float]) -> tuple[float, float]:
+    """Fit a line by least squares to the means of blocks of rounds; returns its slope per round and standard error."""
+    blocks = np.array_split(np.array(values), NUM_BLOCKS)
+    y = np.array([block.mean() for block in blocks])
+    ends = np.cumsum([len(block) for block in blocks])
+    x = ends - np.array([len(block) for block in blocks]) / 2
+    x = x - x.mean()
+    found = float(x @ y / (x @ x))
+    residual = y - y.mean() - found * x
+    return found, float(np.sqrt(residual @ residual / (len(x) - 2) / (x @ x)))
+
+
+def report(samples: Samples, warm_up: int, sheet: Sheet) -> None:
+    """Print the slopes and hold that of memory to zero."""
+    rows, verdicts = [], []
+    for name, values, unit, scale in (
+        ("memory of all processes", samples.memory, "MB", 1e6),
+        ("object store", samples.store, "MB", 1e6),
+        ("open files", samples.files, "", 1),
+        ("seconds per round", samples.seconds, "s", 1),
+    ):
+        kept = [value / scale for value in values[warm_up:]]
+        if any(np.isnan(kept)):
+            rows.append([name, unit, "could not be read", *["-"] * 4])
+            continue
+        change, error = slope(kept)
+        first, last = np.mean(kept[: len(kept) // 10 or 1]), np.mean(kept[-(len(kept) // 10 or 1) :])
+        cells = [f"{first:.2f}", f"{last:.2f}", f"{change * 100:+.4f}", f"{error * 100:.4f}", f"{max(kept):.2f}"]
+        rows.append([name, unit, *cells])
+        if name in ("memory of all processes", "object store", "open files"):
+            text = f"{change * 100:+.4f} ± {error * 100:.4f} {unit}"
+            verdicts.append((f"{name}: growth in 100 rounds", "0 within 2 errors", text, change <= 2 * error + 1e-9))
+    columns = ("", "unit", "first tenth", "last tenth", "slope per 100 rounds", "standard error", "highest")
+    sheet.table(f"Rounds {warm_up + 1} to {len(samples.memory)}", columns, rows)
+    sheet.verdicts(verdicts)
+
+
+@click.command()
+@click.option("--rounds", default=300, show_default=True)
+@click.option("--clients", default=100, show_default=True)
+@click.option("--triples", default=60, show_default=True, help="per client")
+@click.option("--warm-up", default=50, show_default=True, help="rounds before the slope begins")
+@click.option("--output", type=click.Path(path_type=Path), help="write the tables as markdown")
+def main(rounds: int, clients: int, triples: int, warm_up: int, output: Path | None) -> None:
+    """Run the rounds and fit the slopes."""
+    if rounds - warm_up < 2 * NUM_BLOCKS:
+        raise click.ClickException(
+            f"{rounds} rounds, {warm_up} of them warm-up, are too few: give {2 * NUM_BLOCKS} more"
+        )
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sheet = Sheet(f"Soak: {rounds} rounds of {clients} clients", output)
+    with tempfile.TemporaryDirectory(prefix="fedsim-soak-") as name:
+        data = make_data(Path(name) / "job", clients, triples)
+        changes = {"federation.num_rounds": rounds, "output": str(Path(name) / "run")}
+        samples = Samples(ProcessTree(os.getpid()), sheet, max(rounds // 20, 1))
+        try:
+            fedsim.run(fedsim.load_config(overrides={**data.settings(), **changes}), ray_runtime, samples)
+        except fedsim.FedSimError as err:
+            raise click.ClickException(str(err)) from err
+    report(samples, warm_up, sheet)
+    sheet.close()
+
+
+if __name__ == "__main__":
+    main()
