@@ -4,9 +4,9 @@
 *Realistic*: among candidates with the same score the rank is the mean of the best (optimistic) and the worst
 (pessimistic) place, so a constant scorer gets the middle rank and not the first.
 
-The rank is found by comparing, never by sorting or masking: count the candidates above the target and those level
-with it, then take off the known answers among them, whose scores are gathered. The score matrix is read once per
-comparison, in blocks, and never copied.
+The rank is found by comparing, never by sorting or masking: add up the signs of all candidates' leads over the target,
+then take off the known answers among them, whose scores are gathered. The score matrix is read once, in blocks that
+stay in the cache, and never copied.
 """
 
 from collections.abc import Callable, Sequence
@@ -140,26 +140,25 @@ def filtered_ranks(scores: Tensor, target: Tensor, known_row: Tensor, known_answ
     Raises:
         RunError: if a score is NaN or infinite: a comparison with it would pass as a good rank.
     """
-    num_candidates = scores.shape[1]
+    num_rows, num_candidates = scores.shape
     assert num_candidates < 2**24, "float32 counts are exact below 2^24 candidates only"
     target_score = scores.gather(1, target.unsqueeze(1))  # [batch, 1]
-    above, level = scores.new_empty(2, scores.shape[0], dtype=torch.float64)
     block_size = _BLOCK_SIZE_CPU if scores.device.type == "cpu" else _BLOCK_SIZE_ACCELERATOR
-    num_rows = max(block_size // max(num_candidates, 1), 1)
-    # Comparing into a float buffer and adding it up is several times as fast as counting booleans.
-    buffer = scores.new_empty(min(num_rows, scores.shape[0]), num_candidates, dtype=torch.float32)
-    for start in range(0, scores.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        block, own = scores[rows], target_score[rows]
-        _refuse_non_finite(block)
-        above[rows] = torch.gt(block, own, out=buffer[: block.shape[0]]).sum(dim=1)
-        level[rows] = torch.eq(block, own, out=buffer[: block.shape[0]]).sum(dim=1)
+    height = max(block_size // max(num_candidates, 1), 1)
+    buffer = scores.new_empty(min(height, num_rows), num_candidates)
+    sums, lead = scores.new_empty(2, num_rows)
+    for start in range(0, num_rows, height):
+        rows = slice(start, start + height)
+        difference = torch.sub(scores[rows], target_score[rows], out=buffer[: len(scores[rows])])
+        torch.sum(difference, 1, out=sums[rows])  # not finite if a score is not
+        torch.sum(difference.sign_(), 1, out=lead[rows])  # candidates above the target less candidates below it
+    _refuse_non_finite(scores, sums)
+    # above - below + (above + level + below) = 2 above + level, and the target is level with itself.
+    ranks = (lead.double() + (num_candidates + 1)) / 2
 
-    known_score, own_score = scores[known_row, known_answer], target_score[known_row, 0]
-    above.index_add_(0, known_row, (known_score > own_score).double(), alpha=-1)
+    known_lead = (scores[known_row, known_answer] - target_score[known_row, 0]).sign_().double()
     is_other = known_answer != target[known_row]
-    level.index_add_(0, known_row, ((known_score == own_score) & is_other).double(), alpha=-1)
-    ranks: Tensor = above + (level - 1) / 2 + 1  # level counts the target itself
+    ranks.index_add_(0, known_row, (known_lead + 1) / 2 * is_other, alpha=-1)
     return ranks
 
 
@@ -252,14 +251,12 @@ def _candidate_columns(candidates: Tensor | None, num_entities: int) -> Tensor:
     return column
 
 
-def _refuse_non_finite(scores: Tensor) -> None:
-    """Raise RunError if a score is NaN or infinite; [batch, num_candidates]."""
-    if not scores.numel():
+def _refuse_non_finite(scores: Tensor, sums: Tensor) -> None:
+    """Raise RunError if a score, [batch, num_candidates], is NaN or infinite, as then a sum, [batch], is."""
+    if bool(torch.isfinite(sums).all()):
         return
-    extremes = torch.stack(torch.aminmax(scores))  # NaN passes through, and nothing of the size of scores is made
-    if not bool(torch.isfinite(extremes).all()):
-        num_bad = int((~torch.isfinite(scores)).sum())
-        raise RunError(
-            f"{num_bad} of {scores.numel()} scores are NaN or infinite, so no rank can be computed: training has"
-            " diverged; lower the learning rate or turn on regularisation"
-        )
+    num_bad = int((~torch.isfinite(scores)).sum())
+    raise RunError(
+        f"{num_bad} of {scores.numel()} scores are NaN or infinite, so no rank can be computed: training has"
+        " diverged; lower the learning rate or turn on regularisation"
+    )
