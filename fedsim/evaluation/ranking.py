@@ -154,7 +154,7 @@ def filtered_ranks(scores: Tensor, target: Tensor, known_row: Tensor, known_answ
         torch.sum(difference.sign_(), 1, out=lead[rows])  # candidates above the target less candidates below it
     _refuse_non_finite(scores, sums)
     # above - below + (above + level + below) = 2 above + level, and the target is level with itself.
-    ranks = (lead.double() + (num_candidates + 1)) / 2
+    ranks: Tensor = (lead.double() + (num_candidates + 1)) / 2
 
     known_lead = (scores[known_row, known_answer] - target_score[known_row, 0]).sign_().double()
     is_other = known_answer != target[known_row]
