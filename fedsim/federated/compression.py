@@ -5,7 +5,7 @@ Top-K Sparsification", arXiv 2406.13225), of which we know the abstract: clients
 changed most, the server sends each client its Top-K, and now and then all rows are synchronised. The rest is inferred.
 
 Client and server both know R_c[e], the value of row e that last crossed between them, in either direction. In a full
-round (1, 1 + `full_every`, ...) all rows cross, both ways. In any other round
+round (1, 1 + `full_every`, ...) all rows cross, both ways. In any other round (eq. 14)
 
 - down: the K rows with the largest ||G[e] - R_c[e]||. The client's global copy takes them over and keeps its own last
   value of the others, so that small changes add up until they are worth sending;

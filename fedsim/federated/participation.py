@@ -27,7 +27,7 @@ Flags: TypeAlias = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class ClientWork:
-    """What a client's round costs.
+    """What a client's round costs (eq. 15).
 
     Attributes:
         num_steps: of local training.
