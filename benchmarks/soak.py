@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 
@@ -40,6 +41,7 @@ class Samples:
     sheet: Sheet
     every: int
     memory: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)  # kind of process -> bytes
     store: list[float] = field(default_factory=list)
     files: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -56,7 +58,11 @@ class Samples:
     def round_finished(self, summary: RoundSummary) -> None:
         """Sample."""
         self.seconds.append(time.perf_counter() - self.started)
-        self.memory.append(self.tree.memory().total_bytes)
+        memory = self.tree.memory()
+        self.memory.append(memory.total_bytes)
+        for kind in self.parts.keys() | memory.parts.keys():
+            rounds_before = [0.0] * (len(self.memory) - 1)
+            self.parts.setdefault(kind, rounds_before).append(memory.parts.get(kind, 0))
         self.store.append(object_store_bytes())
         self.files.append(self.tree.num_open_files())
         if summary.round_num % self.every == 0:
@@ -68,12 +74,17 @@ class Samples:
         self.sheet.progress(text)
 
 
+@cache
+def metric_pages() -> list[str]:
+    """Return where the nodes show Ray's metrics."""
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
+
+
 def object_store_bytes() -> float:
     """Return what the object stores of all nodes hold, by Ray's metrics; NaN if they cannot be read."""
     total = 0.0
-    for node in ray.nodes():
+    for url in metric_pages():
         try:
-            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             with urllib.request.urlopen(url, timeout=5) as answer:
                 found = STORE_METRIC.findall(answer.read().decode())
         except (URLError, OSError):
@@ -116,6 +127,11 @@ def report(samples: Samples, warm_up: int, sheet: Sheet) -> None:
             verdicts.append((f"{name}: growth in 100 rounds", "0 within 2 errors", text, change <= 2 * error + 1e-9))
     columns = ("", "unit", "first tenth", "last tenth", "slope per 100 rounds", "standard error", "highest")
     sheet.table(f"Rounds {warm_up + 1} to {len(samples.memory)}", columns, rows)
+    kinds = []
+    for kind, values in sorted(samples.parts.items(), key=lambda item: -item[1][-1]):
+        change, error = slope([value / 1e6 for value in values[warm_up:]])
+        kinds.append([kind, f"{values[-1] / 1e6:.1f}", f"{change * 100:+.4f}", f"{error * 100:.4f}"])
+    sheet.table("Memory by process", ("process", "MB at the end", "slope per 100 rounds", "standard error"), kinds)
     sheet.verdicts(verdicts)
 
 
