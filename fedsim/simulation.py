@@ -170,6 +170,8 @@ def run_rounds(
         observer.round_started(round_num)
         plan = schedule.plan(round_num) if schedule is not None else None
         cohort = plan.cohort if plan else sample_cohort(config, [data.client for data in experiment.clients], round_num)
+        if not cohort:
+            observer.message(f"round {round_num} is skipped: too few clients, see participation.min_clients")
         result = runtime.train(round_num, cohort) if cohort else RoundResult([], None, {})
         started = time.perf_counter()
         is_last = round_num == num_rounds

@@ -68,6 +68,20 @@ PLACEMENTS = [
         3,
         id="5 clients in batches of 2, in 3 actors",
     ),
+    pytest.param(
+        {
+            "data__num_clients": 5,
+            "federation__cohort_size": 3,
+            "communication__dtype": "float16",
+            "communication__top_k": 0.4,
+            "participation__availability": 0.7,
+            "participation__slowness_spread": 0.5,
+            "participation__over_selection": 1.5,
+        },
+        {"placement": "pooled", "num_actors": 2},
+        2,
+        id="smaller messages and simulated participation, 5 clients in 2 actors",
+    ),
 ]
 
 
