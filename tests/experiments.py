@@ -13,7 +13,9 @@ from fedsim.data.clients import build_clients, load_federated_split
 from fedsim.data.dataset import KnowledgeGraph
 from fedsim.federated.client import Client
 from fedsim.federated.runtime import Experiment, InProcessRuntime, make_client, make_strategy
-from fedsim.models.imputers import TokenTable
+from fedsim.models.imputers import Imputation, Imputer, TokenTable
+from fedsim.models.imputers.base import ImputerStep
+from fedsim.models.parameters import Params
 
 SMALL: dict[str, Any] = {
     "data.num_clients": 2,
@@ -79,7 +81,20 @@ def token_table(available: Sequence[Sequence[bool]] | torch.Tensor, dim: int = 8
     mask = torch.as_tensor(available)
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(*mask.shape, dim, generator=generator) * mask.unsqueeze(-1)
-    return TokenTable(values, mask, torch.zeros_like(values), torch.zeros_like(mask))
+    return TokenTable(values, mask)
+
+
+def impute(imputer: Imputer, params: Params, tokens: TokenTable, draws: torch.Generator) -> Imputation:
+    """Draw and impute."""
+    return imputer.impute(params, tokens, imputer.draw_imputation(tokens.available, draws))
+
+
+def impute_step(
+    imputer: Imputer, params: Params, tokens: TokenTable, imputation: Imputation, draws: torch.Generator
+) -> ImputerStep:
+    """Draw and take an imputer's part of a training step, nothing hidden."""
+    step_draws = imputer.draw_step(tokens.available, tokens.available, draws)
+    return imputer.training_step(params, tokens, tokens, imputation, step_draws)
 
 
 def generator(seed: int = 0) -> torch.Generator:

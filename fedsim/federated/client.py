@@ -1,7 +1,7 @@
 """The client side: private data and state, local training, and evaluation (method.md sections 3 to 5, 7)."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,12 @@ from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples,
 from fedsim.federated.compression import Exchange
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, message_bytes
 from fedsim.federated.strategy import Strategy
-from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes
+from fedsim.models.client_model import ClientModel, EntityInput, ModalityInput, Prototypes
+from fedsim.models.client_stack import ClientStack, ClientValues, Member, TrainingInput
 from fedsim.models.imputers import Imputation
 from fedsim.models.optimizers import reset_state
 from fedsim.models.parameters import Params, select_view, with_prefix
-from fedsim.models.training import ClientValues, TrainingInput, impute_view, train_epochs
+from fedsim.models.training import train_epochs
 from fedsim.randomness import torch_generator
 
 COMBINATIONS = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the global copy's scores beside the private model's
@@ -35,7 +36,7 @@ class ClientReport:
         losses: mean of each loss term, and ``total``.
         bytes_down: size of what it was sent.
         bytes_up: size of what it sent.
-        seconds: of its local training.
+        seconds: of its local training; of a batch, its share by training triples.
     """
 
     client: int
@@ -87,6 +88,7 @@ class Client:
             for group in data.groups
         }
         self.values = ClientValues()
+        self.available = self.model.availability(len(data.entity_ids), self.features).to(device)
         self.values.params["relation"] = self.model.init_relations(
             len(data.relation_ids), self._generator("init/relation", 0)
         ).to(device)
@@ -106,36 +108,30 @@ class Client:
         self._receive(self.exchange.download(broadcast))
 
     def train(self, round_num: int, broadcast: Broadcast | None) -> tuple[ClientUpdate | None, ClientReport]:
-        """Take part in a round.
+        """Take part in a round alone; see `train_together`."""
+        return train_together([self], round_num, [broadcast])[0]
 
-        Args:
-            round_num: the round, from 1.
-            broadcast: the server's model for this client's entities; None without federation.
+    def begin_round(self, broadcast: Broadcast | None) -> Broadcast | None:
+        """Take the server's model for this client's entities, and forget what a new round starts without.
 
         Returns:
-            The message to the server (None without federation) and a report.
+            The message that this client was sent.
         """
-        started = time.perf_counter()
         if broadcast is not None:
             broadcast = self.exchange.download(broadcast)
             self._receive(broadcast)
         self._reset_optimizer()
         self._imputations.clear()
-        inputs = self._inputs()
-        try:
-            losses = train_epochs(
-                self.model,
-                self.strategy.views,
-                self.values,
-                inputs,
-                lambda forwards: self.strategy.couple(round_num, forwards),
-                lambda purpose: self._generator(purpose, round_num),
-            )
-        except FedSimError as err:
-            raise RunError(f"client {self.data.client}, round {round_num}: {err}") from err
-        update = self._update(round_num, inputs) if broadcast is not None else None
-        seconds = time.perf_counter() - started
-        return update, ClientReport(self.data.client, losses, message_bytes(broadcast), message_bytes(update), seconds)
+        return broadcast
+
+    def member(self, round_num: int) -> Member:
+        """Return this client as a member of a stack."""
+        return Member(
+            f"client {self.data.client}, round {round_num}",
+            self.values,
+            self._inputs(),
+            lambda purpose: self._generator(purpose, round_num),
+        )
 
     def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
         """Rank the triples of a split.
@@ -190,7 +186,7 @@ class Client:
         """
         inputs = self._inputs()
         with torch.no_grad():
-            tokens = self.model.tokens(self._view(view), inputs.features, inputs.prototypes)
+            tokens = self.model.tokens(self._view(view), inputs.entities)
             imputation = self._imputation(view, round_num)
             if imputation is None:
                 return tokens.values, tokens.available
@@ -236,7 +232,7 @@ class Client:
         return select_view(self.values.params, view) | select_view(self.values.ema, view)
 
     def _inputs(self) -> TrainingInput:
-        return TrainingInput(self.triples, self.features, self.prototypes)
+        return TrainingInput(self.triples, EntityInput(self.available, self.features, self.prototypes))
 
     def _init_view(self, view: str) -> None:
         """Start a view from this client's own draws (training without federation)."""
@@ -265,12 +261,12 @@ class Client:
         elif reset == "global":
             reset_state(self.values.optimizer, "global/")
 
-    def _update(self, round_num: int, inputs: TrainingInput) -> ClientUpdate:
+    def update(self, round_num: int) -> ClientUpdate:
         """Assemble the message to the server: the global copy, with the averaged denoiser, and the extras."""
         extras = self.strategy.extras(
             self.model,
             self.values,
-            inputs,
+            self._inputs(),
             self.entity_ids,
             lambda: self._embeddings(round_num),
             self._generator("extras", round_num),
@@ -294,20 +290,13 @@ class Client:
     def _imputation(self, view: str, round_num: int) -> Imputation | None:
         """Fill a view's missing tokens after a round's training; sampled once and kept until the values change."""
         if (view, round_num) not in self._imputations:
-            generator = self._generator(f"evaluate/{view}", round_num)
-            self._imputations[view, round_num] = impute_view(self.model, self.values, view, self._inputs(), generator)
+            impute_together([self], round_num)
         return self._imputations[view, round_num]
 
     def _embeddings(self, round_num: int) -> dict[str, Tensor]:
         """Embed all entities under each view, [num_parts, num_entities, dim]."""
-        tables = {}
-        inputs = self._inputs()
-        with torch.no_grad():
-            for view in self.strategy.views:
-                own = self._view(view)
-                tokens = self.model.tokens(own, inputs.features, inputs.prototypes)
-                tables[view] = self.model.embed(own, tokens, self._imputation(view, round_num))
-        return tables
+        stack = ClientStack(self.model, [self.member(round_num)])
+        return {view: stack.embed(view, self._imputation(view, round_num)) for view in self.strategy.views}
 
     def _scores(
         self, tables: Mapping[str, Tensor], weight: float | None, entity: Tensor, relation: Tensor, inverse: bool
@@ -325,6 +314,57 @@ class Client:
             total = scores if total is None else total + scores
         assert total is not None, "the shares of the views add up to one"
         return total
+
+
+def train_together(
+    clients: Sequence[Client], round_num: int, broadcasts: Sequence[Broadcast | None]
+) -> list[tuple[ClientUpdate | None, ClientReport]]:
+    """Let the clients of a batch take part in a round; several train as one stacked computation.
+
+    Args:
+        clients: members of one batch.
+        round_num: the round, from 1.
+        broadcasts: the server's model for each client's entities; None without federation.
+
+    Returns:
+        Each client's message to the server (None without federation) and a report.
+    """
+    started = time.perf_counter()
+    broadcasts = [client.begin_round(broadcast) for client, broadcast in zip(clients, broadcasts, strict=True)]
+    model, strategy = clients[0].model, clients[0].strategy
+    members = [client.member(round_num) for client in clients]
+    losses = train_epochs(model, strategy.views, members, lambda forwards: strategy.couple(round_num, forwards))
+    updates: list[ClientUpdate | None] = [None] * len(clients)
+    if broadcasts[0] is not None:
+        impute_together(clients, round_num)
+        updates = [client.update(round_num) for client in clients]
+    seconds = (time.perf_counter() - started) / sum(len(client.triples) for client in clients)
+    return [
+        (
+            update,
+            ClientReport(
+                client.data.client,
+                own,
+                message_bytes(broadcast),
+                message_bytes(update),
+                seconds * len(client.triples),
+            ),
+        )
+        for client, own, broadcast, update in zip(clients, losses, broadcasts, updates, strict=True)
+    ]
+
+
+def impute_together(clients: Sequence[Client], round_num: int) -> None:
+    """Fill the missing tokens of clients after a round's training, under each view; they keep the result."""
+    views = [view for view in clients[0].strategy.views if (view, round_num) not in clients[0]._imputations]
+    if not views:
+        return
+    stack = ClientStack(clients[0].model, [client.member(round_num) for client in clients])
+    for view in views:
+        generators = [member.generator_of(f"evaluate/{view}") for member in stack.members]
+        imputed = stack.impute(view, generators)
+        for client, own in zip(clients, stack.split(imputed), strict=True):
+            client._imputations[view, round_num] = own
 
 
 def _filter_index(triples: Mapping[str, Triples], num_entities: int, num_relations: int) -> FilterIndex:

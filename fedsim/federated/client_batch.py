@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.client import Client, ClientEvaluation, ClientReport, impute_together, train_together
 from fedsim.federated.messages import Broadcast, ClientUpdate
 
 
@@ -16,14 +16,13 @@ def train_clients(
         round_num: the round, from 1.
         broadcast: what the server published, of which each client gets its part; None without federation.
     """
-    return [
-        client.train(round_num, broadcast.for_entities(client.entity_ids) if broadcast is not None else None)
-        for client in clients
-    ]
+    sent = [None if broadcast is None else broadcast.for_entities(client.entity_ids) for client in clients]
+    return train_together(clients, round_num, sent)
 
 
 def evaluate_clients(
     clients: Sequence[Client], split: str, round_num: int, choose: bool
 ) -> list[list[ClientEvaluation]]:
     """Rank the triples of a split at each client; results as of `Client.evaluate`, in the order of `clients`."""
+    impute_together(clients, round_num)
     return [client.evaluate(split, round_num, choose=choose) for client in clients]

@@ -17,8 +17,9 @@ from fedsim.federated.messages import SoftQueries
 from fedsim.federated.server_distillation import distil_global_model
 from fedsim.federated.strategy import Extras, GlobalModel, Strategy
 from fedsim.models.client_model import ClientModel
+from fedsim.models.client_stack import ClientValues, TrainingInput
 from fedsim.models.parameters import select_view
-from fedsim.models.training import ClientValues, Forward, TrainingInput
+from fedsim.models.training import Forward
 
 
 class MMFeD3(Strategy):
@@ -44,7 +45,7 @@ class MMFeD3(Strategy):
         own, shared = forwards["local"], forwards["global"]
         losses = {}
         if config.logit_to_client > 0 or config.logit_to_global > 0:
-            to_client, to_global = mutual_divergence(own.logits, shared.logits, config.temperature)
+            to_client, to_global = mutual_divergence(own.logits, shared.logits, own.weight, config.temperature)
             if config.logit_to_client > 0:
                 losses["logit_to_client"] = config.logit_to_client * to_client
             if config.logit_to_global > 0:
@@ -68,7 +69,7 @@ class MMFeD3(Strategy):
         present = tokens = soft = None
         own = select_view(values.params, "global") | select_view(values.ema, "global")
         with torch.no_grad():
-            table = model.tokens(own, inputs.features, inputs.prototypes)
+            table = model.tokens(own, inputs.entities)
             if self.sends_prototypes and model.imputes:
                 present = table.available[1:].clone()
                 tokens = table.values[1:][present]
@@ -113,15 +114,16 @@ class MMFeD3(Strategy):
         return distil_global_model(self.config, model, state, soft_queries, generator)
 
 
-def mutual_divergence(own: Tensor, shared: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return tau^2 KL(sg p_G || p_L) and tau^2 KL(sg p_L || p_G), means over queries (eq. 9).
+def mutual_divergence(own: Tensor, shared: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return tau^2 KL(sg p_G || p_L) and tau^2 KL(sg p_L || p_G), weighted sums over queries (eq. 9), [...] each.
 
     Args:
-        own: logits of the private model L, [num_queries, num_candidates].
+        own: logits of the private model L, [..., num_queries, num_candidates].
         shared: logits of the global copy G over the same candidates.
+        weight: of each query, [..., num_queries].
         temperature: tau.
     """
-    terms: tuple[Tensor, Tensor] = _MutualDivergence.apply(own, shared, temperature)  # type: ignore[no-untyped-call]
+    terms: tuple[Tensor, Tensor] = _MutualDivergence.apply(own, shared, weight, temperature)  # type: ignore[no-untyped-call]
     return terms
 
 
@@ -133,33 +135,32 @@ class _MutualDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, shared: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Compute both means over queries."""
+    def forward(ctx: Any, own: Tensor, shared: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Compute both sums over queries."""
         log_own, log_shared = log_labels(own, temperature), log_labels(shared, temperature)
         gap = log_shared - log_own
         prob_own, prob_shared = log_own.exp_(), log_shared.exp_()
-        scale = temperature**2 / len(own)
-        to_client = scale * (prob_shared * gap).sum()
-        to_global = -scale * (prob_own * gap).sum()
-        ctx.save_for_backward(prob_own.sub_(prob_shared))  # p_L - p_G
-        ctx.scale = temperature / len(own)
+        to_client = ((prob_shared * gap).sum(-1) * weight).sum(-1) * temperature**2
+        to_global = -(gap.mul_(prob_own).sum(-1) * weight).sum(-1) * temperature**2
+        # tau (p_L - p_G), weighted
+        ctx.save_for_backward(prob_own.sub_(prob_shared).mul_(weight.unsqueeze(-1) * temperature))
         return to_client, to_global
 
     @staticmethod
-    def backward(ctx: Any, grad_client: Tensor, grad_global: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_client: Tensor, grad_global: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Push each side towards the other."""
         (difference,) = ctx.saved_tensors
-        return difference * (grad_client * ctx.scale), difference * (-grad_global * ctx.scale), None
+        return difference * grad_client[..., None, None], difference * -grad_global[..., None, None], None, None
 
 
 def feature_term(teacher: Forward, student: Forward) -> Tensor:
-    """Return 1 - cos(x_m^student, sg x_m^teacher), mean over available tokens (eq. 10)."""
+    """Return 1 - cos(x_m^student, sg x_m^teacher), mean over available tokens (eq. 10), [...]."""
     goal = functional.normalize(teacher.tokens.values.detach(), dim=-1)
-    cosine = (functional.normalize(student.tokens.values, dim=-1) * goal).sum(-1)  # [num_tokens, num_entities]
+    cosine = (functional.normalize(student.tokens.values, dim=-1) * goal).sum(-1)  # [..., num_tokens, num_entities]
     weight = student.tokens.available.to(cosine.dtype)
-    return ((1 - cosine) * weight).sum() / weight.sum()
+    return ((1 - cosine) * weight).sum((-2, -1)) / weight.sum((-2, -1))
 
 
 def log_labels(logits: Tensor, temperature: float) -> Tensor:
-    """Return log p = log softmax(scores / tau), [num_queries, num_candidates]."""
-    return functional.log_softmax(logits / temperature, 1)
+    """Return log p = log softmax(scores / tau), [..., num_queries, num_candidates]."""
+    return functional.log_softmax(logits / temperature, -1)

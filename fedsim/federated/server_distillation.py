@@ -29,7 +29,7 @@ def global_tokens(model: ClientModel, entity: Tensor, prototypes: PrototypeTable
         values = torch.cat([values[:1], prototypes.values])
         available[1:] = prototypes.counts > 0
     values = torch.cat([structure.unsqueeze(0), values[1:]])
-    return TokenTable(values, available, torch.zeros_like(values), torch.zeros_like(available))
+    return TokenTable(values, available)
 
 
 def distil_global_model(
@@ -56,17 +56,21 @@ def distil_global_model(
     params |= {name: value.clone() for name, value in state.modules.items() if name.startswith("imputer.")}
     queries = _concatenate(soft_queries)
     tuples = global_tokens(model, state.entity, state.prototypes)
-    imputation = model.imputer.impute(state.modules, tuples, generator) if model.imputes else None
+    imputation = None
+    if model.imputes:
+        imputation = model.imputer.impute(
+            state.modules, tuples, model.imputer.draw_imputation(tuples.available, generator)
+        )
     optimizer: Params = {}
     sums: dict[str, float] = {}
     for _ in range(settings.server_steps):
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         losses: dict[str, Tensor] = {}
         if isinstance(model.imputer, DiffusionImputer) and model.imputes:
-            modulation = step_modulation(leaves, config.diffusion.steps)
-            loss = model.imputer.denoising_loss(leaves, tuples, modulation, generator)
-            if loss is not None:
-                losses["server_diffusion"] = loss
+            draws = model.imputer.draw_denoising(tuples.available, generator)
+            if len(draws["rows"]) > 0:
+                modulation = step_modulation(leaves, config.diffusion.steps)
+                losses["server_diffusion"] = model.imputer.denoising_loss(leaves, tuples, modulation, draws)
         if queries is not None:
             losses |= _table_losses(config, model, leaves["entity"], state, queries, imputation, generator)
         if not losses:

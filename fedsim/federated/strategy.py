@@ -16,8 +16,9 @@ from torch import Tensor
 from fedsim.config import Config
 from fedsim.federated.messages import PrototypeTable, SoftQueries
 from fedsim.models.client_model import ClientModel
+from fedsim.models.client_stack import ClientValues, TrainingInput
 from fedsim.models.parameters import Params
-from fedsim.models.training import ClientValues, Forward, TrainingInput
+from fedsim.models.training import Forward
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fedsim.errors import ConfigError
 from fedsim.models.fusion import FUSIONS
 from fedsim.models.imputers import IMPUTERS, Imputation, TokenTable
 from fedsim.models.losses import LOSSES
-from fedsim.models.parameters import Params, layer_norm, linear, linear_init
+from fedsim.models.parameters import Params, layer_norm, linear, linear_init, take_rows
 from fedsim.models.scorers import SCORERS
 
 T = TypeVar("T")
@@ -47,6 +47,21 @@ class Prototypes:
 
     values: Tensor
     present: Tensor
+
+
+@dataclass(frozen=True)
+class EntityInput:
+    """What a client knows of its entities besides the table.
+
+    Attributes:
+        available: bool [num_tokens, num_entities], o_m(e); structure is always available.
+        features: modality -> those of its features that the model may see.
+        prototypes: those of the server, or None before it sent any.
+    """
+
+    available: Tensor
+    features: Mapping[str, ModalityInput]
+    prototypes: Prototypes | None = None
 
 
 def pick(registry: Mapping[str, T], field: str, name: str) -> T:
@@ -106,27 +121,35 @@ class ClientModel:
         """Map features [num_rows, feature_dim] to tokens [num_rows, dim] of unit variance (eq. 1)."""
         return layer_norm(linear(params, f"projection.{modality}", values))
 
-    def tokens(
-        self, params: Mapping[str, Tensor], features: Mapping[str, ModalityInput], prototypes: Prototypes | None
-    ) -> TokenTable:
+    def availability(self, num_entities: int, features: Mapping[str, ModalityInput]) -> Tensor:
+        """Return o_m(e), bool [num_tokens, num_entities]."""
+        available = torch.zeros(self.num_tokens, num_entities, dtype=torch.bool)
+        available[0] = True
+        for index, name in enumerate(self.feature_dims, start=1):
+            available[index, features[name].rows.cpu()] = True
+        return available
+
+    def tokens(self, params: Mapping[str, Tensor], entities: EntityInput) -> TokenTable:
         """Assemble the hyper-modal embeddings (eq. 4): the structure token and the projected features."""
         entity = params["entity"]
-        num_entities = entity.shape[0]
-        tokens = [layer_norm(entity) if self.fusion.uses_modalities else entity]
-        available = torch.ones(self.num_tokens, num_entities, dtype=torch.bool, device=entity.device)
-        for index, name in enumerate(self.feature_dims, start=1):
-            rows = features[name].rows
-            empty = torch.zeros(num_entities, self.dim, dtype=entity.dtype, device=entity.device)
-            tokens.append(empty.index_copy(0, rows, self.project(params, name, features[name].values)))
-            available[index] = False
-            available[index, rows] = True
+        if not self.fusion.uses_modalities:
+            return TokenTable(entity.unsqueeze(0), entities.available)
+        tokens = [layer_norm(entity)]
+        empty = torch.zeros_like(entity)
+        for name in self.feature_dims:
+            item = entities.features[name]
+            tokens.append(empty.index_copy(0, item.rows, self.project(params, name, item.values)))
         values = torch.stack(tokens)
-        known = torch.zeros_like(values)
-        has_prototype = torch.zeros_like(available)
-        if prototypes is not None:
-            known[1:] = prototypes.values
-            has_prototype[1:] = prototypes.present
-        return TokenTable(values, available, known, has_prototype)
+        known = entities.prototypes
+        if known is None:
+            return TokenTable(values, entities.available)
+        # Structure has no prototype.
+        return TokenTable(
+            values,
+            entities.available,
+            torch.cat([torch.zeros_like(values[:1]), known.values]),
+            torch.cat([torch.zeros_like(entities.available[:1]), known.present]),
+        )
 
     def embed(
         self,
@@ -159,20 +182,19 @@ class ClientModel:
         """Build query vectors for (entity, relation, ?), or with `inverse` for (?, relation, entity).
 
         Args:
-            embeddings: [num_parts, num_entities, dim].
-            relations: the relation table, see `init_relations`.
-            entity: int64 [batch], local ids.
-            relation: int64 [batch], local ids.
+            embeddings: [..., num_parts, num_entities, dim].
+            relations: the relation table, see `init_relations`. [..., num_parts, num_rows, relation_dim]
+            entity: int64 [..., batch], local ids.
+            relation: int64 [..., batch], local ids.
             inverse: whether heads are asked for.
 
         Returns:
-            [num_parts, batch, dim].
+            [..., num_parts, batch, dim].
         """
         use_second = inverse and self.config.training.reciprocal
-        index = relation + relations.shape[1] // 2 if use_second else relation
-        parts = zip(embeddings, relations, strict=True)
+        index = relation + relations.shape[-2] // 2 if use_second else relation
         flip = inverse and not use_second
-        return torch.stack([self.scorer.query(h[entity], r[index], inverse=flip) for h, r in parts])
+        return self.scorer.query(take_rows(embeddings, entity), take_rows(relations, index), inverse=flip)
 
     def scores(self, queries: Tensor, embeddings: Tensor) -> Tensor:
         """Score queries against all entities, summed over the parts.

@@ -114,20 +114,20 @@ LOSSES: dict[str, Loss] = {"one_vs_all": OneVsAll(), "self_adversarial": SelfAdv
 
 
 def n3_penalty(head: Tensor, relation: Tensor, tail: Tensor, *, complex_pairs: bool) -> Tensor:
-    """Return the nuclear 3-norm regulariser (Lacroix et al., ICML 2018), mean over the batch.
+    """Return the nuclear 3-norm regulariser of each triple (Lacroix et al., ICML 2018), [..., batch].
 
     Args:
-        head: [batch, dim] (relation and tail likewise).
-        relation: [batch, dim].
-        tail: [batch, dim].
+        head: [..., batch, dim] (relation and tail likewise).
+        relation: [..., batch, dim].
+        tail: [..., batch, dim].
         complex_pairs: whether the halves of dim are real and imaginary parts (ComplEx).
     """
-    total = head.new_zeros(())
+    total = head.new_zeros(head.shape[:-1])
     for part in (head, relation, tail):
         if complex_pairs:
             real, imaginary = part.chunk(2, -1)
             size = (real.square() + imaginary.square() + 1e-12).sqrt()
         else:
             size = part.abs()
-        total = total + size.pow(3).sum(-1).mean()
+        total = total + size.pow(3).sum(-1)
     return total

@@ -37,3 +37,20 @@ def select_view(params: Mapping[str, Tensor], view: str) -> Params:
 def with_prefix(params: Mapping[str, Tensor], prefix: str) -> Params:
     """Put `<prefix>/` before every name."""
     return {f"{prefix}/{name}": value for name, value in params.items()}
+
+
+def take_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Take the same rows of each part of a table.
+
+    Args:
+        table: [..., num_parts, num_rows, dim].
+        ids: int64 [..., batch].
+
+    Returns:
+        [..., num_parts, batch, dim].
+    """
+    num_rows, dim = table.shape[-2:]
+    flat = table.reshape(-1, dim)
+    offset = torch.arange(0, flat.shape[0], num_rows, device=ids.device).view(*table.shape[:-2], 1)
+    rows = ids.unsqueeze(-2) + offset  # [..., num_parts, batch]
+    return flat.index_select(0, rows.flatten()).view(*rows.shape, dim)

@@ -1,146 +1,229 @@
-"""Local training: epochs of one step, which is a function of a client's values (method.md eq. 8).
+"""Local training: epochs of one step, which is a function of clients' values (method.md eq. 8).
 
-The step is written once for all strategies. A strategy says which views are trained and adds a coupling term between
-them; it never copies the step.
+The step is written once for all strategies, and once for a client alone and for clients that are stacked. A strategy
+says which views are trained and adds a coupling term between them; it never copies the step.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedsim.errors import RunError
-from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes
-from fedsim.models.imputers import Imputation, TokenTable
+from fedsim.models.client_model import ClientModel, EntityInput
+from fedsim.models.client_stack import ClientStack, ClientValues, Member
+from fedsim.models.imputers import Draws, Imputation, TokenTable
 from fedsim.models.losses import n3_penalty
+from fedsim.models.negatives import candidate_scores, draw_negatives
 from fedsim.models.optimizers import OPTIMIZERS
-from fedsim.models.parameters import Params, select_view
-
-GeneratorOf = Callable[[str], torch.Generator]
-
-
-@dataclass
-class ClientValues:
-    """All trainable state of a client, as flat dicts of tensors.
-
-    Attributes:
-        params: ``relation`` and ``<view>/<name>`` for each view.
-        optimizer: see `fedsim.models.optimizers`.
-        ema: ``<view>/imputer.*``, the moving average that imputes and is federated.
-    """
-
-    params: Params = field(default_factory=dict)
-    optimizer: Params = field(default_factory=dict)
-    ema: Params = field(default_factory=dict)
+from fedsim.models.parameters import Params, select_view, take_rows
 
 
 @dataclass(frozen=True)
-class TrainingInput:
-    """What a client trains on; private to it.
+class Batch:
+    """What one step asks of its clients; ... is nothing for one client, and [clients] for a stack.
 
     Attributes:
-        triples: int64 [num_triples, 3], local ids of head, relation, tail.
-        features: modality -> visible features.
-        prototypes: those of the server, or None before it sent any.
+        triples: int64 [..., batch, 3]; clients with fewer triples are padded.
+        weight: of each query, [..., num_sides * batch]; sums to 1 over a client's queries, 0 where padded.
+        negatives: of each query, int64 [..., num_sides * batch, num_negatives], or [..., 1, num_negatives] if all
+            queries of a client share them; None to score all entities.
+        draws: view -> what its imputer drew.
+        keep: view -> which numbers of the queries dropout keeps, bool [..., num_parts, num_sides * batch, dim].
     """
 
     triples: Tensor
-    features: Mapping[str, ModalityInput]
-    prototypes: Prototypes | None
+    weight: Tensor
+    negatives: Tensor | None
+    draws: dict[str, Draws]
+    keep: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One view's pass over one batch, for the loss terms and the coupling.
+    """One view's pass over one batch, for the loss terms and the coupling; ... as in `Batch`.
 
     Attributes:
-        tokens: the hyper-modal embeddings.
-        logits: [num_queries, num_candidates].
-        target: int64 [num_queries], column of the true answer.
-        losses: the view's own weighted terms.
+        tokens: the hyper-modal embeddings, [..., num_tokens, num_entities, dim].
+        logits: [..., num_queries, num_candidates].
+        target: int64 [..., num_queries], column of the true answer.
+        weight: of each query, [..., num_queries].
+        losses: the view's own weighted terms, [...].
     """
 
     tokens: TokenTable
     logits: Tensor
     target: Tensor
+    weight: Tensor
     losses: dict[str, Tensor]
 
 
 Coupling = Callable[[Mapping[str, Forward]], dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """One epoch's draws and imputations.
+
+    Attributes:
+        rows: of each client, its batches as rows of its triples.
+        hidden: view -> modality tokens that each client hides from itself, bool [num_tokens, num_entities].
+        imputations: view -> imputed tokens of all clients.
+    """
+
+    rows: list[tuple[Tensor, ...]]
+    hidden: dict[str, list[Tensor | None]]
+    imputations: dict[str, Imputation | None]
+
+    def num_active(self, step: int) -> int:
+        """Return how many clients have a batch for a step; they are the first ones."""
+        return sum(len(batches) > step for batches in self.rows)
+
+
 def train_epochs(
-    model: ClientModel,
-    views: tuple[str, ...],
-    values: ClientValues,
-    inputs: TrainingInput,
-    coupling: Coupling,
-    generator_of: GeneratorOf,
-) -> dict[str, float]:
-    """Train a client's values for `local_epochs` epochs, in place.
+    model: ClientModel, views: tuple[str, ...], members: Sequence[Member], coupling: Coupling
+) -> list[dict[str, float]]:
+    """Train the clients of a batch for `local_epochs` epochs; their values are updated in place.
 
     Args:
         model: the model's functions.
         views: views to train.
-        values: updated in place.
-        inputs: triples, features and prototypes.
+        members: the clients; several are stacked and take their steps together.
         coupling: extra loss terms from the views' passes.
-        generator_of: purpose -> generator of this (seed, round, client).
 
     Returns:
-        Mean of each loss term over the steps, and ``total``.
+        For each member, the mean of each loss term over its steps, and ``total``.
+
+    Raises:
+        RunError: if a loss is not finite, naming the client and the terms.
     """
-    config = model.config.training
-    order = generator_of("batches")
-    noise = {view: generator_of(f"noise/{view}") for view in views}
+    # Clients with the most batches first: those that still have some are always the first ones.
+    order = sorted(range(len(members)), key=lambda index: -len(members[index].inputs.triples))
+    stack = ClientStack(model, [members[index] for index in order])
+    shuffles = [member.generator_of("batches") for member in stack.members]
+    noise = {view: [member.generator_of(f"noise/{view}") for member in stack.members] for view in views}
+    # Dropout has draws of its own, the same whatever the imputer draws: methods are compared on equal terms.
+    dropout = {view: [member.generator_of(f"dropout/{view}") for member in stack.members] for view in views}
     sums: dict[str, Tensor] = {}
-    num_steps = 0
-    for _ in range(config.local_epochs):
-        hidden = {view: hide_tokens(model, values.params[f"{view}/entity"], noise[view]) for view in views}
-        imputations = {view: impute_view(model, values, view, inputs, noise[view], hidden[view]) for view in views}
-        permutation = torch.randperm(len(inputs.triples), generator=order)
-        for rows in permutation.split(config.batch_size):
-            batch = inputs.triples[rows.to(inputs.triples.device)]
-            losses = train_step(model, views, values, inputs, batch, hidden, imputations, coupling, noise, order)
-            num_steps += 1
-            update_ema(values, model.config.diffusion.ema_decay, num_steps)
+    num_steps = torch.zeros(len(stack), dtype=torch.int64)
+    for _ in range(model.config.training.local_epochs):
+        epoch = _start_epoch(stack, views, shuffles, noise)
+        for step in range(len(epoch.rows[0])):
+            part = stack.first(epoch.num_active(step))
+            batch = _draw_batch(part, epoch, step, shuffles, noise, dropout)
+            losses = train_step(part, views, batch, epoch, coupling)
+            num_steps[: len(part)] += 1
+            update_ema(part.values, model.config.diffusion.ema_decay, num_steps[: len(part)].tolist())
             for name, loss in losses.items():
-                sums[name] = sums.get(name, torch.zeros(())) + loss.detach().cpu()
-    means = {name: float(total) / num_steps for name, total in sums.items()}
-    return means | {"total": sum(means.values())}
+                total = sums.setdefault(name, torch.zeros(len(stack), device=stack.device))
+                total[: len(part)] += loss.detach().reshape(-1)
+    stack.write_back()
+    means = {name: (total.cpu() / num_steps).tolist() for name, total in sums.items()}
+    results: list[dict[str, float]] = [{} for _ in members]
+    for place, index in enumerate(order):
+        own = {name: values[place] for name, values in means.items()}
+        results[index] = own | {"total": sum(own.values())}
+    return results
+
+
+def _start_epoch(
+    stack: ClientStack,
+    views: tuple[str, ...],
+    shuffles: Sequence[torch.Generator],
+    noise: Mapping[str, Sequence[torch.Generator]],
+) -> _Epoch:
+    """Hide tokens, impute once, and shuffle the triples."""
+    hidden = {
+        view: [
+            hide_tokens(stack.model, member.num_entities, draws)
+            for member, draws in zip(stack.members, noise[view], strict=True)
+        ]
+        for view in views
+    }
+    imputations = {view: stack.impute(view, noise[view], hidden[view]) for view in views}
+    rows = [
+        torch.randperm(len(member.inputs.triples), generator=shuffle).split(stack.model.config.training.batch_size)
+        for member, shuffle in zip(stack.members, shuffles, strict=True)
+    ]
+    return _Epoch(rows, hidden, imputations)
+
+
+def hide_tokens(model: ClientModel, num_entities: int, generator: torch.Generator) -> Tensor | None:
+    """Choose modality tokens that an epoch hides, bool [num_tokens, num_entities]; None if the imputer wants none."""
+    if not model.imputes or model.imputer.hide_rate == 0:
+        return None
+    hidden = torch.rand(model.num_tokens, num_entities, generator=generator) < model.imputer.hide_rate
+    hidden[0] = False
+    return hidden
+
+
+def _draw_batch(
+    stack: ClientStack,
+    epoch: _Epoch,
+    step: int,
+    shuffles: Sequence[torch.Generator],
+    noise: Mapping[str, Sequence[torch.Generator]],
+    dropout: Mapping[str, Sequence[torch.Generator]],
+) -> Batch:
+    """Draw a step's batch, negatives, noise and dropout, client by client."""
+    model = stack.model
+    triples, weights, negatives = [], [], []
+    num_sides = 1 if model.config.training.corruption == "tail" else 2
+    for member, batches, shuffle in zip(stack.members, epoch.rows, shuffles, strict=False):
+        rows = batches[step]
+        own = member.inputs.triples[rows.to(stack.device)]
+        triples.append(own)
+        weights.append(torch.full((num_sides, len(rows)), 1 / (num_sides * len(rows))))
+        if model.loss.samples_negatives:
+            shape = (num_sides, len(rows))
+            negatives.append(draw_negatives(model.config.training, shape, member.num_entities, shuffle))
+    draws, keep = {}, {}
+    for view in noise:
+        if model.imputes:
+            members = zip(stack.members, epoch.hidden[view], noise[view], strict=False)
+            draws[view] = stack.join([_draw_step(model, *member) for member in members])
+        if model.config.model.dropout > 0:
+            kept = [
+                torch.rand(model.num_parts, num_sides, sides.shape[1], model.dim, generator=generator)
+                >= model.config.model.dropout
+                for generator, sides in zip(dropout[view], weights, strict=False)
+            ]
+            keep[view] = stack.pad(kept).flatten(-3, -2)
+    return Batch(
+        stack.pad(triples),
+        stack.pad(weights).flatten(-2),
+        stack.pad(negatives).flatten(-3, -2) if negatives else None,
+        draws,
+        keep,
+    )
+
+
+def _draw_step(model: ClientModel, member: Member, hidden: Tensor | None, generator: torch.Generator) -> Draws:
+    available = member.inputs.entities.available.cpu()
+    return model.imputer.draw_step(available, available if hidden is None else available & ~hidden, generator)
 
 
 def train_step(
-    model: ClientModel,
-    views: tuple[str, ...],
-    values: ClientValues,
-    inputs: TrainingInput,
-    batch: Tensor,
-    hidden: Mapping[str, Tensor | None],
-    imputations: Mapping[str, Imputation | None],
-    coupling: Coupling,
-    noise: Mapping[str, torch.Generator],
-    order: torch.Generator,
+    stack: ClientStack, views: tuple[str, ...], batch: Batch, epoch: _Epoch, coupling: Coupling
 ) -> dict[str, Tensor]:
-    """Take one optimiser step on one batch of triples, int64 [batch, 3]; returns the loss terms."""
+    """Take one optimiser step; returns the loss terms, [...]. RunError if one is not finite."""
+    values = stack.values
     leaves = {name: value.detach().requires_grad_() for name, value in values.params.items()}
-    candidates = _sample_candidates(model, batch, leaves, views, order)
     forwards = {
-        view: forward_view(model, leaves, view, inputs, batch, hidden[view], imputations[view], candidates, noise[view])
-        for view in views
+        view: forward_view(stack, leaves, view, batch, epoch.hidden[view], epoch.imputations[view]) for view in views
     }
     losses = {f"{view}/{name}": loss for view in views for name, loss in forwards[view].losses.items()}
     losses |= coupling(forwards)
-    total = torch.stack(list(losses.values())).sum()
+    # The clients of a stack share no parameter, so the sum's gradient is that of each client's own loss.
+    total = torch.stack([loss.sum() for loss in losses.values()]).sum()
     if not math.isfinite(float(total.detach())):
-        bad = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
-        raise RunError(f"the loss is not finite (terms: {', '.join(bad) or 'sum'}); lower training.learning_rate")
+        raise RunError(_name_non_finite(stack, losses))
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     found = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
     with torch.no_grad():
-        config = model.config.training
+        config = stack.model.config.training
         update = OPTIMIZERS[config.optimizer]
         tables = {name: grad for name, grad in found.items() if is_table(name)}
         modules = {name: grad for name, grad in found.items() if not is_table(name)}
@@ -155,112 +238,116 @@ def is_table(name: str) -> bool:
 
 
 def forward_view(
-    model: ClientModel,
+    stack: ClientStack,
     params: Params,
     view: str,
-    inputs: TrainingInput,
-    batch: Tensor,
-    hidden: Tensor | None,
+    batch: Batch,
+    hidden: Sequence[Tensor | None],
     imputation: Imputation | None,
-    candidates: Tensor | None,
-    generator: torch.Generator,
 ) -> Forward:
     """Run one view on one batch: tokens, imputation, fusion, queries both ways, logits and loss terms."""
-    config = model.config
-    own, relations = select_view(params, view), params["relation"]
-    tokens = model.tokens(own, inputs.features, inputs.prototypes)
-    seen = tokens.without(hidden)
-    losses: dict[str, Tensor] = {}
-    rows = row_values = None
-    if imputation is not None:
-        step = model.imputer.training_step(own, tokens, seen, imputation, generator)
-        losses |= step.losses
-        rows, row_values = step.rows, step.values
-    embeddings = model.embed(own, seen, imputation, rows, row_values)
-    queries, target = _queries(model, embeddings, relations, batch)
-    if config.model.dropout > 0:
-        keep = torch.rand(queries.shape, generator=generator).to(queries.device) >= config.model.dropout
-        queries = queries * keep / (1 - config.model.dropout)
-    if candidates is None:
-        logits = model.scores(queries, embeddings)
+    model, config = stack.model, stack.model.config
+    relations = params["relation"]
+    passed = stack.apply(
+        lambda *arguments: _embed_view(model, *arguments),
+        select_view(params, view),
+        stack.entities,
+        stack.hidden_tokens(hidden[: len(stack)]),
+        stack.part_of(imputation),
+        batch.draws.get(view, {}),
+    )
+    losses, embeddings = dict(passed.losses), passed.embeddings
+    queries, target = _queries(model, embeddings, relations, batch.triples)
+    if view in batch.keep:
+        queries = queries * batch.keep[view] / (1 - config.model.dropout)
+    if batch.negatives is None:
+        logits = stack.mask(model.scores(queries, embeddings))
+        losses["link"] = model.loss(logits, target, batch.weight, config.training, stack.real)
     else:
-        logits = model.scores_of(queries, embeddings, candidates)
+        logits = candidate_scores(model, queries, embeddings, target, batch.negatives)
         target = torch.zeros_like(target)
-    weight = logits.new_full((len(target),), 1 / len(target))
-    losses["link"] = model.loss(logits, target, weight, config.training)
+        losses["link"] = model.loss(logits, target, batch.weight, config.training)
     if config.training.n3_weight > 0:
         losses["n3"] = config.training.n3_weight * _n3(model, embeddings, relations, batch)
-    return Forward(tokens, logits, target, losses)
+    return Forward(TokenTable(passed.tokens, stack.entities.available), logits, target, batch.weight, losses)
 
 
-def _n3(model: ClientModel, embeddings: Tensor, relations: Tensor, batch: Tensor) -> Tensor:
-    """Return the N3 penalty of the batch's triples, with both embeddings of a relation if there are two."""
-    head, relation, tail = batch.T
-    sides = [relation, relation + relations.shape[1] // 2] if model.config.training.reciprocal else [relation]
+@dataclass(frozen=True)
+class _Pass:
+    """One client's embeddings under a view, and the imputer's loss terms."""
+
+    tokens: Tensor  # [num_tokens, num_entities, dim]
+    embeddings: Tensor  # [num_parts, num_entities, dim]
+    losses: dict[str, Tensor]
+
+
+def _embed_view(
+    model: ClientModel,
+    params: Mapping[str, Tensor],
+    entities: EntityInput,
+    hidden: Tensor | None,
+    imputation: Imputation | None,
+    draws: Draws,
+) -> _Pass:
+    """Compute what a step needs of a client's entities."""
+    tokens = model.tokens(params, entities)
+    if imputation is None:
+        return _Pass(tokens.values, model.embed(params, tokens, None), {})
+    seen = tokens.without(hidden)
+    step = model.imputer.training_step(params, tokens, seen, imputation, draws)
+    return _Pass(tokens.values, model.embed(params, seen, imputation, step.rows, step.values), step.losses)
+
+
+def _n3(model: ClientModel, embeddings: Tensor, relations: Tensor, batch: Batch) -> Tensor:
+    """Return the N3 penalty of the batch's triples, with both embeddings of a relation if there are two, [...]."""
+    head, relation, tail = batch.triples.unbind(-1)
+    weight = batch.weight[..., : head.shape[-1]]
+    weight = weight / weight.sum(-1, keepdim=True)
+    sides = [relation, relation + relations.shape[-2] // 2] if model.config.training.reciprocal else [relation]
     penalties = [
         n3_penalty(
-            embeddings[:, head].flatten(0, 1),
-            relations[:, side].flatten(0, 1),
-            embeddings[:, tail].flatten(0, 1),
+            take_rows(embeddings, head),
+            take_rows(relations, side),
+            take_rows(embeddings, tail),
             complex_pairs=model.scorer.name == "complex",
         )
         for side in sides
-    ]
-    return torch.stack(penalties).mean()
+    ]  # [..., num_parts, batch] each
+    return (torch.stack(penalties).mean(0).mean(-2) * weight).sum(-1)
 
 
-def hide_tokens(model: ClientModel, entity: Tensor, generator: torch.Generator) -> Tensor | None:
-    """Choose modality tokens that an epoch hides, bool [num_tokens, num_entities]; None if the imputer wants none."""
-    if not model.imputes or model.imputer.hide_rate == 0:
-        return None
-    hidden = torch.rand(model.num_tokens, len(entity), generator=generator) < model.imputer.hide_rate
-    hidden[0] = False
-    return hidden.to(entity.device)
+def update_ema(values: ClientValues, decay: float, num_steps: Sequence[int]) -> None:
+    """Move the averages; the decay warms up with each client's steps of this round, or short rounds would freeze them.
 
-
-def impute_view(
-    model: ClientModel,
-    values: ClientValues,
-    view: str,
-    inputs: TrainingInput,
-    generator: torch.Generator,
-    hidden: Tensor | None = None,
-) -> Imputation | None:
-    """Fill a view's missing tokens with its moving-average imputer, without gradient; None without modalities."""
-    if not model.imputes:
-        return None
-    with torch.no_grad():
-        own = select_view(values.params, view) | select_view(values.ema, view)
-        tokens = model.tokens(own, inputs.features, inputs.prototypes).without(hidden)
-        return model.imputer.impute(own, tokens, generator)
-
-
-def update_ema(values: ClientValues, decay: float, num_steps: int) -> None:
-    """Move the averages; the decay warms up with the steps of this round, or short rounds would freeze them."""
-    decay = min(decay, (1 + num_steps) / (10 + num_steps))
+    Args:
+        values: of a client, or of stacked clients.
+        decay: in the long run.
+        num_steps: of each client, so far.
+    """
+    decays = [min(decay, (1 + steps) / (10 + steps)) for steps in num_steps]
     for name, average in values.ema.items():
-        average.lerp_(values.params[name], 1 - decay)
+        if min(decays) == max(decays):
+            average.lerp_(values.params[name], 1 - decays[0])
+        else:
+            for own, value, rate in zip(average, values.params[name], decays, strict=True):
+                own.lerp_(value, 1 - rate)
 
 
-def _queries(model: ClientModel, embeddings: Tensor, relations: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Ask for the tails, and for the heads unless `training.corruption` is tail; [num_parts, num_queries, dim]."""
-    head, relation, tail = batch.T
+def _queries(model: ClientModel, embeddings: Tensor, relations: Tensor, triples: Tensor) -> tuple[Tensor, Tensor]:
+    """Ask for the tails, and for the heads unless `training.corruption` is tail; [..., num_parts, num_queries, dim]."""
+    head, relation, tail = triples.unbind(-1)
     tails = model.queries(embeddings, relations, head, relation, inverse=False)
     if model.config.training.corruption == "tail":
         return tails, tail
     heads = model.queries(embeddings, relations, tail, relation, inverse=True)
-    return torch.cat([tails, heads], 1), torch.cat([tail, head])
+    return torch.cat([tails, heads], -2), torch.cat([tail, head], -1)
 
 
-def _sample_candidates(
-    model: ClientModel, batch: Tensor, params: Params, views: tuple[str, ...], generator: torch.Generator
-) -> Tensor | None:
-    """Draw negatives, the true answer in column 0; int64 [num_queries, 1 + num_negatives]; None to score all."""
-    config = model.config.training
-    if not model.loss.samples_negatives:
-        return None
-    head, _, tail = batch.T
-    target = tail if config.corruption == "tail" else torch.cat([tail, head])
-    num_entities = params[f"{views[0]}/entity"].shape[0]
-    negatives = torch.randint(num_entities, (len(target), config.num_negatives), generator=generator)
-    return torch.cat([target.unsqueeze(1), negatives.to(target.device)], 1)
+def _name_non_finite(stack: ClientStack, losses: Mapping[str, Tensor]) -> str:
+    """Say which client's loss is not finite, and which terms."""
+    finite = {name: torch.isfinite(loss.detach()).reshape(-1).tolist() for name, loss in losses.items()}
+    for place, member in enumerate(stack.members):
+        bad = [name for name, values in finite.items() if not values[place]]
+        if bad:
+            return f"{member.name}: the loss is not finite (terms: {', '.join(bad)}); lower training.learning_rate"
+    return f"{stack.members[0].name}: the sum of all losses is not finite; lower training.learning_rate"

@@ -9,7 +9,7 @@ import torch
 
 from experiments import generator, small_client, small_config
 from fedsim.errors import ConfigError
-from fedsim.models.client_model import ClientModel, ModalityInput, Prototypes
+from fedsim.models.client_model import ClientModel, EntityInput, ModalityInput, Prototypes
 from fedsim.models.fusion import FUSIONS
 from fedsim.models.imputers import IMPUTERS, Imputation
 from fedsim.models.losses import LOSSES
@@ -22,12 +22,14 @@ def _model(**overrides: Any) -> ClientModel:
     return ClientModel(small_config(overrides), DIMS)
 
 
-def _features(num_entities: int = 4) -> dict[str, ModalityInput]:
+def _entities(model: ClientModel, prototypes: Prototypes | None = None) -> EntityInput:
+    """Four entities with texts; entity 2 alone has an image."""
     draws = generator(7)
-    return {
-        "text": ModalityInput(torch.arange(num_entities), torch.randn(num_entities, 6, generator=draws)),
+    features = {
+        "text": ModalityInput(torch.arange(4), torch.randn(4, 6, generator=draws)),
         "image": ModalityInput(torch.tensor([2]), torch.randn(1, 5, generator=draws)),
     }
+    return EntityInput(model.availability(4, features), features, prototypes)
 
 
 @pytest.mark.parametrize(
@@ -77,21 +79,23 @@ def test_tokens_are_unit_variance_where_available_and_zero_elsewhere() -> None:
     """Eq. 1 and 4: structure, text and image; only entity 2 has an image."""
     model = _model()
     params = model.init_modules(generator()) | {"entity": model.init_entities(4, generator(1))}
-    table = model.tokens(params, _features(), None)
+    table = model.tokens(params, _entities(model))
     assert table.available.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 0]]
     there = table.values[table.available]
     assert torch.allclose(there.mean(-1), torch.zeros(len(there)), atol=1e-5)
     # The structure rows are small (init_scale), so layer norm's epsilon of 1e-5 shows in their variance.
     assert torch.allclose(there.var(-1, correction=0), torch.ones(len(there)), atol=5e-3)
     assert float(table.values[~table.available].abs().max()) == 0.0
-    assert not bool(table.has_prototype.any())
+    assert table.prototypes is table.has_prototype is None
 
 
 def test_prototypes_stand_beside_the_modalities() -> None:
     model = _model()
     params = model.init_modules(generator()) | {"entity": model.init_entities(4, generator(1))}
     present = torch.tensor([[False] * 4, [True, False, False, False]])
-    table = model.tokens(params, _features(), Prototypes(torch.ones(2, 4, 8), present))
+    table = model.tokens(params, _entities(model, Prototypes(torch.ones(2, 4, 8), present)))
+    assert table.has_prototype is not None
+    assert table.prototypes is not None
     assert table.has_prototype.int().tolist() == [[0] * 4, [0] * 4, [1, 0, 0, 0]]
     assert float(table.prototypes[0].abs().max()) == 0.0
 
@@ -100,7 +104,7 @@ def test_embed_fills_only_what_is_missing() -> None:
     """Eq. 7, h = o * x_0 + (1 - o) * xhat_0, seen through the split fusion, which keeps the tokens."""
     model = _model(**{"model.fusion": "split"})
     params = model.init_modules(generator()) | {"entity": model.init_entities(4, generator(1))}
-    table = model.tokens(params, _features(), None)
+    table = model.tokens(params, _entities(model))
     imputation = Imputation(torch.full_like(table.values, 5.0), torch.zeros(3, 4))
     parts = model.embed(params, table, imputation)
     assert torch.equal(parts[table.available], table.values[table.available])

@@ -26,7 +26,8 @@ def _strategy(**weights: Any) -> MMFeD3:
 
 
 def _forward(logits: Tensor, tokens: TokenTable) -> Forward:
-    return Forward(tokens, logits, torch.zeros(len(logits), dtype=torch.int64), {})
+    weight = torch.full((len(logits),), 1 / len(logits))
+    return Forward(tokens, logits, torch.zeros(len(logits), dtype=torch.int64), weight, {})
 
 
 def _leaves() -> dict[str, Forward]:
@@ -37,7 +38,7 @@ def _leaves() -> dict[str, Forward]:
         mask = table.available.bool()
         values = table.values.requires_grad_()
         logits = torch.randn(4, 5, generator=generator(seed)).requires_grad_()
-        views[view] = _forward(logits, TokenTable(values, mask, torch.zeros_like(values), torch.zeros_like(mask)))
+        views[view] = _forward(logits, TokenTable(values, mask))
     return views
 
 
@@ -59,11 +60,10 @@ def test_the_logit_terms_by_hand() -> None:
 def test_the_feature_terms_by_hand() -> None:
     """Cosines 1, 0 and -1 of the available tokens: (0 + 1 + 2) / 3 = 1; a missing token does not count."""
     mask = torch.tensor([[True, True], [True, False]])
-    nothing = torch.zeros(2, 2, 2)
     own = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [9.0, 9.0]]])
     shared = torch.tensor([[[3.0, 0.0], [0.0, 2.0]], [[-1.0, 0.0], [-9.0, 9.0]]])
     views = {
-        name: _forward(torch.zeros(1, 2), TokenTable(values, mask, nothing, torch.zeros_like(mask)))
+        name: _forward(torch.zeros(1, 2), TokenTable(values, mask))
         for name, values in (("local", own), ("global", shared))
     }
     losses = _strategy(feature_to_client=0.5, feature_to_global=2.0).couple(1, views)

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from builders import tiny_graph
 from experiments import small_client, small_config, small_runtime
 from fedsim.errors import RunError
 from fedsim.federated.client import Client
 from fedsim.models import training
+from fedsim.models.client_stack import ClientValues
 from fedsim.models.fusion import FUSIONS
-from fedsim.models.training import ClientValues, update_ema
+from fedsim.models.training import update_ema
 
 
 def _local(**overrides: Any) -> Client:
@@ -22,11 +22,11 @@ def _local(**overrides: Any) -> Client:
 def test_the_average_of_the_denoiser_by_hand() -> None:
     """The decay warms up: min(0.995, 2/11) at the first step, so 0 moves 9/11 of the way to 1; at step 9, 10/19."""
     values = ClientValues({"g/imputer.a": torch.ones(1)}, {}, {"g/imputer.a": torch.zeros(1)})
-    update_ema(values, 0.995, 1)
+    update_ema(values, 0.995, [1])
     assert torch.allclose(values.ema["g/imputer.a"], torch.tensor([9 / 11]))
-    update_ema(values, 0.995, 9)
+    update_ema(values, 0.995, [9])
     assert torch.allclose(values.ema["g/imputer.a"], torch.tensor([1 - (2 / 11) * (10 / 19)]))
-    update_ema(values, 0.0, 1)
+    update_ema(values, 0.0, [1])
     assert torch.equal(values.ema["g/imputer.a"], torch.ones(1))
 
 
@@ -101,23 +101,29 @@ def test_one_vs_all_asks_both_sides_unless_tails_alone(monkeypatch: pytest.Monke
     assert sizes == [(2 * num_triples, num_entities), (num_triples, num_entities)]
 
 
-def test_the_true_answer_is_the_first_of_sampled_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
-    real = training._sample_candidates
+@pytest.mark.parametrize("kind", ["per_triple", "shared"])
+def test_negatives_are_entities_of_the_client(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each query has its own, or all of a batch the same; the true answer is scored in column 0."""
+    batches: list[Any] = []
+    forwards: list[Any] = []
+    real = training.forward_view
 
-    def spy(model: Any, batch: Tensor, *args: Any) -> Tensor | None:
-        candidates = real(model, batch, *args)
-        assert candidates is not None
-        seen.append((batch, candidates))
-        return candidates
+    def spy(stack: Any, params: Any, view: str, batch: Any, *args: Any) -> Any:
+        forward = real(stack, params, view, batch, *args)
+        batches.append(batch)
+        forwards.append(forward)
+        return forward
 
-    monkeypatch.setattr(training, "_sample_candidates", spy)
-    client = _local(**{"training.loss": "self_adversarial", "training.batch_size": 4096})
+    monkeypatch.setattr(training, "forward_view", spy)
+    overrides = {"training.loss": "self_adversarial", "training.batch_size": 4096, "training.negatives": kind}
+    client = _local(**overrides)
     client.train(1, None)
-    batch, candidates = seen[0]
-    assert torch.equal(candidates[:, 0], torch.cat([batch[:, 2], batch[:, 0]]))
-    assert candidates.shape == (2 * len(batch), 1 + small_config().training.num_negatives)
-    assert int(candidates.max()) < len(client.data.entity_ids)
+    batch, forward = batches[0], forwards[0]
+    num_queries, num_negatives = 2 * len(client.triples), small_config().training.num_negatives
+    assert batch.negatives.shape == (1 if kind == "shared" else num_queries, num_negatives)
+    assert 0 <= int(batch.negatives.min()) <= int(batch.negatives.max()) < len(client.data.entity_ids)
+    assert forward.logits.shape == (num_queries, 1 + num_negatives)
+    assert not bool(forward.target.any())
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -3,7 +3,7 @@
 To add one: write a file with a class that has the methods of `Imputer`, and add a line to `IMPUTERS`.
 """
 
-from fedsim.models.imputers.base import Imputation, Imputer, TokenTable
+from fedsim.models.imputers.base import Draws, Imputation, Imputer, TokenTable
 from fedsim.models.imputers.diffusion import DiffusionImputer
 from fedsim.models.imputers.mean import MeanImputer
 from fedsim.models.imputers.random import RandomImputer
@@ -16,4 +16,4 @@ IMPUTERS: dict[str, type[Imputer]] = {
     "diffusion": DiffusionImputer,
 }
 
-__all__ = ["IMPUTERS", "Imputation", "Imputer", "TokenTable"]
+__all__ = ["IMPUTERS", "Draws", "Imputation", "Imputer", "TokenTable"]

@@ -1,7 +1,7 @@
 """The contract of an imputer and the values that pass through it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -18,25 +18,34 @@ class TokenTable:
     Attributes:
         values: [num_tokens, num_entities, dim], zero where a token is missing; structure is token 0.
         available: bool [num_tokens, num_entities], o_m(e); structure is always available.
-        prototypes: [num_tokens, num_entities, dim], the server's prototypes of other clients' tokens (eq. 11), or
-            zero where there is none.
-        has_prototype: bool [num_tokens, num_entities].
+        prototypes: [num_tokens, num_entities, dim], the server's prototypes of other clients' tokens (eq. 11), zero
+            where there is none; None if the server has sent none at all.
+        has_prototype: bool [num_tokens, num_entities]; None with them.
     """
 
     values: Tensor
     available: Tensor
-    prototypes: Tensor
-    has_prototype: Tensor
+    prototypes: Tensor | None = None
+    has_prototype: Tensor | None = None
 
     def without(self, hidden: Tensor | None) -> "TokenTable":
         """Hide some more tokens: bool [num_tokens, num_entities]."""
         if hidden is None:
             return self
-        return TokenTable(self.values, self.available & ~hidden, self.prototypes, self.has_prototype)
+        return replace(self, available=self.available & ~hidden)
 
     def detached(self) -> "TokenTable":
         """Cut the gradient: the imputer learns on tokens that it does not move."""
-        return TokenTable(self.values.detach(), self.available, self.prototypes, self.has_prototype)
+        return replace(self, values=self.values.detach())
+
+    def take(self, rows: Tensor) -> "TokenTable":
+        """Take the tokens of some entities, int64 [num_rows]."""
+        return TokenTable(
+            self.values[:, rows],
+            self.available[:, rows],
+            None if self.prototypes is None else self.prototypes[:, rows],
+            None if self.has_prototype is None else self.has_prototype[:, rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,17 @@ class ImputerStep:
     values: Tensor | None = None
 
 
+Draws = dict[str, Tensor]
+"""Random draws that a computation takes as an input, so that it is a function of values and can be stacked over
+clients. Entity rows are named ``rows`` or ``..._rows``; draws for all entities ``entity_...``, [n, num_entities, ...].
+"""
+
+
 class Imputer(Protocol):
     """Fills missing tokens. All parameters it has are shared modules, named ``imputer.*``.
+
+    What is random is drawn first, from what is available alone; what is computed then is a function of tensors without
+    a branch on their values.
 
     Attributes:
         hide_rate: share of the available modality tokens that training hides, anew each epoch, so that the other
@@ -85,8 +103,22 @@ class Imputer(Protocol):
         """Make the initial parameters."""
         ...
 
-    def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, generator: torch.Generator) -> Imputation:
+    def draw_imputation(self, available: Tensor, generator: torch.Generator) -> Draws:
+        """Draw what `impute` needs for tokens of this availability, bool [num_tokens, num_entities]."""
+        ...
+
+    def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, draws: Draws) -> Imputation:
         """Fill the missing tokens without gradient; called once per local epoch and before an evaluation."""
+        ...
+
+    def draw_step(self, available: Tensor, seen: Tensor, generator: torch.Generator) -> Draws:
+        """Draw what `training_step` needs.
+
+        Args:
+            available: of all that the client has, bool [num_tokens, num_entities].
+            seen: of what this epoch does not hide, the same shape.
+            generator: of this view and round.
+        """
         ...
 
     def training_step(
@@ -95,7 +127,7 @@ class Imputer(Protocol):
         tokens: TokenTable,
         seen: TokenTable,
         imputation: Imputation,
-        generator: torch.Generator,
+        draws: Draws,
     ) -> ImputerStep:
         """Give this step's loss terms, and imputed tokens with gradient if the imputer learns from links.
 
@@ -104,7 +136,7 @@ class Imputer(Protocol):
             tokens: all that the client has.
             seen: without what this epoch hides; `imputation` fills these.
             imputation: of this epoch.
-            generator: of this view and round.
+            draws: from `draw_step`.
         """
         ...
 
@@ -121,13 +153,21 @@ class FixedImputer:
         """Return no parameters."""
         return {}
 
+    def draw_imputation(self, available: Tensor, generator: torch.Generator) -> Draws:
+        """Draw nothing."""
+        return {}
+
+    def draw_step(self, available: Tensor, seen: Tensor, generator: torch.Generator) -> Draws:
+        """Draw nothing."""
+        return {}
+
     def training_step(
         self,
         params: Mapping[str, Tensor],
         tokens: TokenTable,
         seen: TokenTable,
         imputation: Imputation,
-        generator: torch.Generator,
+        draws: Draws,
     ) -> ImputerStep:
         """Add nothing."""
         return ImputerStep()

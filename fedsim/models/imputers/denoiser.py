@@ -26,15 +26,15 @@ class DenoiserInput:
         clean: [num_tokens, batch, dim], read where `known`.
         known: bool [num_tokens, batch], c of eq. 6.
         noised: bool [num_tokens, batch]; tokens neither known nor noised are hidden.
-        prototypes: [num_tokens, batch, dim], read where `has_prototype`.
-        has_prototype: bool [num_tokens, batch], false wherever `known`.
+        prototypes: [num_tokens, batch, dim], read where `has_prototype`; None if there are none at all.
+        has_prototype: bool [num_tokens, batch], false wherever `known`; None with them.
     """
 
     clean: Tensor
     known: Tensor
     noised: Tensor
-    prototypes: Tensor
-    has_prototype: Tensor
+    prototypes: Tensor | None = None
+    has_prototype: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Condition:
     tokens: Tensor  # [num_tokens, batch, dim], known and hidden tokens, zero where noised
     hidden: Tensor  # [batch, hidden]
     modulation: Tensor  # [batch, num_blocks * 3 * hidden]
-    start: Tensor  # [num_tokens, batch, dim]
+    start: Tensor | None  # [num_tokens, batch, dim], prototypes that a prediction of x_0 starts from
 
 
 def init_denoiser(num_tokens: int, dim: int, hidden: int, num_blocks: int, generator: torch.Generator) -> Params:
@@ -68,10 +68,13 @@ def encode_condition(params: Mapping[str, Tensor], inputs: DenoiserInput) -> Con
     hidden_token = ~(inputs.known | inputs.noised).unsqueeze(-1)
     null = params["imputer.null"].unsqueeze(1)  # [num_tokens, 1, dim]
     clean = torch.where(known, inputs.clean, torch.where(hidden_token, null, torch.zeros_like(null)))
-    start = inputs.prototypes * inputs.has_prototype.unsqueeze(-1)
-    flags = torch.cat([inputs.known, inputs.noised, inputs.has_prototype]).to(start.dtype).T  # [batch, 3 num_tokens]
+    if inputs.prototypes is None or inputs.has_prototype is None:
+        start, has_prototype = None, torch.zeros_like(inputs.known)
+    else:
+        start, has_prototype = inputs.prototypes * inputs.has_prototype.unsqueeze(-1), inputs.has_prototype
+    flags = torch.cat([inputs.known, inputs.noised, has_prototype]).to(clean.dtype).T  # [batch, 3 num_tokens]
     hidden = linear(params, "imputer.flags", flags)
-    if bool(inputs.has_prototype.any()):
+    if start is not None:
         hidden = hidden + linear(params, "imputer.prototype", flatten_tokens(start))
     return Condition(clean, hidden, linear(params, "imputer.flags_out", flags), start)
 
@@ -113,4 +116,4 @@ def denoise(params: Mapping[str, Tensor], condition: Condition, noisy: Tensor, m
 
 def flatten_tokens(tokens: Tensor) -> Tensor:
     """Put an entity's tokens side by side: [num_tokens, batch, dim] to [batch, num_tokens * dim]."""
-    return tokens.transpose(0, 1).reshape(tokens.shape[1], -1)
+    return tokens.transpose(0, 1).flatten(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.models.imputers.base import Imputation, ImputerStep, TokenTable
+from fedsim.models.imputers.base import Draws, Imputation, ImputerStep, TokenTable
 from fedsim.models.imputers.denoiser import (
     Condition,
     DenoiserInput,
@@ -42,42 +42,71 @@ class DiffusionImputer:
         """Make the denoiser's parameters."""
         return init_denoiser(self.num_tokens, self.dim, self.config.hidden, self.config.num_blocks, generator)
 
-    def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, generator: torch.Generator) -> Imputation:
+    def draw_imputation(self, available: Tensor, generator: torch.Generator) -> Draws:
+        """Draw the sampler's starts for all entities that lack a token, [num_tokens, num_draws, num_rows, dim]."""
+        rows = (~available).any(0).nonzero().squeeze(1)
+        shape = (len(available), self.config.num_draws, len(rows), self.dim)
+        return {"rows": rows, "noise": torch.randn(shape, generator=generator)}
+
+    def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, draws: Draws) -> Imputation:
         """Fill missing tokens by DDIM from noise, the available tokens given (eq. 7); mean and deviation of draws."""
-        values = torch.zeros_like(tokens.values)
-        uncertainty = torch.zeros_like(tokens.values[..., 0])
-        rows = (~tokens.available).any(0).nonzero().squeeze(1)  # [batch]
-        if len(rows) == 0:
-            return Imputation(values, uncertainty)
+        rows = draws["rows"]
         with torch.no_grad():
-            draws = self._sample(params, _take_rows(tokens, rows), generator)  # [num_draws, num_tokens, batch, dim]
-            mean = draws.mean(0)
-            values[:, rows] = mean
-            uncertainty[:, rows] = (draws - mean).square().mean((0, -1)).sqrt()
+            samples = self._sample(params, tokens.take(rows), draws["noise"])  # [num_tokens, num_draws, num_rows, dim]
+            mean = samples.mean(1)
+            deviation = (samples - mean.unsqueeze(1)).square().mean((1, -1)).sqrt()
+            values = torch.zeros_like(tokens.values).index_copy(1, rows, mean)
+            uncertainty = torch.zeros_like(tokens.values[..., 0]).index_copy(1, rows, deviation)
         return Imputation(values, uncertainty * (~tokens.available))
 
-    def _sample(self, params: Mapping[str, Tensor], tokens: TokenTable, generator: torch.Generator) -> Tensor:
-        """Run the sampler; result [num_draws, num_tokens, batch, dim]."""
-        num_draws, (num_tokens, batch, dim) = self.config.num_draws, tokens.values.shape
-        missing = ~tokens.available
+    def _sample(self, params: Mapping[str, Tensor], tokens: TokenTable, noise: Tensor) -> Tensor:
+        """Run the sampler from noise [num_tokens, num_draws, batch, dim]; result of the same shape."""
+        num_tokens, num_draws, batch, dim = noise.shape
         repeated = TokenTable(
             tokens.values.repeat(1, num_draws, 1),
             tokens.available.repeat(1, num_draws),
-            tokens.prototypes.repeat(1, num_draws, 1),
-            tokens.has_prototype.repeat(1, num_draws),
+            None if tokens.prototypes is None else tokens.prototypes.repeat(1, num_draws, 1),
+            None if tokens.has_prototype is None else tokens.has_prototype.repeat(1, num_draws),
         )
         condition = encode_condition(params, self._inputs(repeated, repeated.available, ~repeated.available))
-        noise = torch.randn(num_tokens, num_draws * batch, dim, generator=generator).to(tokens.values)
-        free = missing.repeat(1, num_draws).unsqueeze(-1)  # the available tokens are re-inserted at every step
+        free = (~repeated.available).unsqueeze(-1)  # the available tokens are re-inserted at every step
         modulation = step_modulation(params, self.config.steps)
         levels = self.levels.to(tokens.values)
-        noisy, clean = noise * free, noise
+        clean = noise.reshape(num_tokens, num_draws * batch, dim)
+        noisy = clean * free
         for time, next_time in zip(self.times, self.times[1:], strict=False):
             output = denoise(params, condition, noisy, modulation[time].unsqueeze(0))
             clean = self._clean(output, condition, noisy, levels[time])
             if next_time > 0:
                 noisy = ddim_step(noisy, clean, levels[time], levels[next_time]) * free
-        return clean.view(num_tokens, num_draws, batch, dim).transpose(0, 1)
+        return clean.view(num_tokens, num_draws, batch, dim)
+
+    def draw_step(self, available: Tensor, seen: Tensor, generator: torch.Generator) -> Draws:
+        """Draw a batch of eq. 6, and the entities whose links reach the denoiser with their steps and noise."""
+        draws = self.draw_denoising(available, generator)
+        missing = (~seen).any(0).nonzero().squeeze(1)
+        size = min(self.config.link_rows, len(missing))
+        if self.config.link_rows > 0:
+            draws["link_rows"] = missing[torch.randperm(len(missing), generator=generator)[:size]]
+            draws["link_times"] = torch.randint(1, self.config.steps + 1, (size,), generator=generator)
+            draws["link_noise"] = torch.randn(len(available), size, self.dim, generator=generator)
+        return draws
+
+    def draw_denoising(self, available: Tensor, generator: torch.Generator) -> Draws:
+        """Draw a batch of entities with two available tokens or more, what is known of each, step and noise (eq. 6)."""
+        eligible = (available.sum(0) >= 2).nonzero().squeeze(1)
+        size = min(self.config.batch_size, len(eligible))
+        picked = torch.randint(max(len(eligible), 1), (size,), generator=generator)
+        rows = eligible[picked]
+        known = random_condition(available[:, rows], generator)
+        return {
+            "rows": rows,
+            "known": known,
+            "target": available[:, rows] & ~known,
+            "times": torch.randint(1, self.config.steps + 1, (size,), generator=generator),
+            "keep_prototype": torch.rand(known.shape, generator=generator) < 0.5,
+            "noise": torch.randn(len(available), size, self.dim, generator=generator),
+        }
 
     def training_step(
         self,
@@ -85,52 +114,43 @@ class DiffusionImputer:
         tokens: TokenTable,
         seen: TokenTable,
         imputation: Imputation,
-        generator: torch.Generator,
+        draws: Draws,
     ) -> ImputerStep:
         """Give L_diff (eq. 6), one-step estimates for some missing tokens, and their pull to prototypes (eq. 10)."""
         detached = tokens.detached()
         modulation = step_modulation(params, self.config.steps)
         losses: dict[str, Tensor] = {}
-        loss = self.denoising_loss(params, detached, modulation, generator)
-        if loss is not None:
-            losses["diffusion"] = self.config.weight * loss
-        rows, values = self._one_step_estimate(params, seen.detached(), imputation, modulation, generator)
-        if rows is not None and values is not None and self.prototype_weight > 0:
-            wanted = (tokens.has_prototype & ~seen.available)[:, rows]  # [num_tokens, num_rows]
-            if wanted.any():
-                cosine = torch.cosine_similarity(values, detached.prototypes[:, rows], dim=-1)
-                losses["prototype"] = self.prototype_weight * (1 - cosine)[wanted].mean()
+        if draws["rows"].shape[-1] > 0:
+            losses["diffusion"] = self.config.weight * self.denoising_loss(params, detached, modulation, draws)
+        if "link_rows" not in draws or draws["link_rows"].shape[-1] == 0:
+            return ImputerStep(losses)
+        rows = draws["link_rows"]
+        values = self._one_step_estimate(params, seen.detached(), imputation, modulation, draws)
+        if self.prototype_weight > 0 and tokens.prototypes is not None and tokens.has_prototype is not None:
+            wanted = (tokens.has_prototype & ~seen.available)[:, rows].to(values.dtype)  # [num_tokens, num_rows]
+            cosine = torch.cosine_similarity(values, tokens.prototypes[:, rows], dim=-1)
+            pull = ((1 - cosine) * wanted).sum() / wanted.sum().clamp(min=1)
+            losses["prototype"] = self.prototype_weight * pull
         return ImputerStep(losses, rows, values)
 
     def denoising_loss(
-        self, params: Mapping[str, Tensor], tokens: TokenTable, modulation: Tensor, generator: torch.Generator
-    ) -> Tensor | None:
-        """Return L_diff on a random batch of entities (eq. 6); None if no entity has two available tokens."""
-        eligible = (tokens.available.sum(0) >= 2).nonzero().squeeze(1)
-        if len(eligible) == 0:
-            return None
-        size = min(self.config.batch_size, len(eligible))
-        picked = torch.randint(len(eligible), (size,), generator=generator).to(eligible.device)
-        batch = _take_rows(tokens, eligible[picked])
-        known = random_condition(batch.available, generator)
-        target = batch.available & ~known
-        times = torch.randint(1, self.config.steps + 1, (size,), generator=generator).to(eligible.device)
-        keep_prototype = (torch.rand(target.shape, generator=generator) < 0.5).to(target.device)
-        inputs = self._inputs(batch, known, target, keep_prototype)
-        noise = torch.randn(batch.values.shape, generator=generator).to(batch.values)
-        level = self.levels.to(batch.values)[times].unsqueeze(1)  # [batch, 1]
-        noisy = add_noise(batch.values, noise, level) * target.unsqueeze(-1)
-        condition = encode_condition(params, inputs)
-        output = denoise(params, condition, noisy, modulation[times])
+        self, params: Mapping[str, Tensor], tokens: TokenTable, modulation: Tensor, draws: Draws
+    ) -> Tensor:
+        """Return L_diff on the drawn batch of entities (eq. 6)."""
+        batch, known, target = tokens.take(draws["rows"]), draws["known"], draws["target"]
+        level = self.levels.to(batch.values)[draws["times"]].unsqueeze(1)  # [batch, 1]
+        noisy = add_noise(batch.values, draws["noise"], level) * target.unsqueeze(-1)
+        condition = encode_condition(params, self._inputs(batch, known, target, draws["keep_prototype"]))
+        output = denoise(params, condition, noisy, modulation[draws["times"]])
         if self.config.prediction == "x0":
-            error = (output + condition.start - batch.values).square().mean(-1)  # [num_tokens, batch]
+            error = (_from_start(output, condition) - batch.values).square().mean(-1)  # [num_tokens, batch]
         else:
-            error = (output - noise).square().mean(-1)
+            error = (output - draws["noise"]).square().mean(-1)
         if self.config.min_snr is not None:
             snr = level / (1 - level).clamp(min=1e-5)
             weight = snr.clamp(max=self.config.min_snr)
             error = error * (weight if self.config.prediction == "x0" else weight / snr).T
-        return (error * target).sum() / target.sum()
+        return (error * target).sum() / target.sum().clamp(min=1)
 
     def _one_step_estimate(
         self,
@@ -138,38 +158,32 @@ class DiffusionImputer:
         tokens: TokenTable,
         imputation: Imputation,
         modulation: Tensor,
-        generator: torch.Generator,
-    ) -> tuple[Tensor | None, Tensor | None]:
+        draws: Draws,
+    ) -> Tensor:
         """Noise the cached imputation to a random step and estimate x_0 once, so that links reach the denoiser."""
-        missing = (~tokens.available).any(0).nonzero().squeeze(1)
-        if len(missing) == 0 or self.config.link_rows == 0:
-            return None, None
-        size = min(self.config.link_rows, len(missing))
-        rows = missing[torch.randperm(len(missing), generator=generator)[:size].to(missing.device)]
-        batch = _take_rows(tokens, rows)
-        times = torch.randint(1, self.config.steps + 1, (size,), generator=generator).to(rows.device)
-        noise = torch.randn(batch.values.shape, generator=generator).to(batch.values)
+        rows, times = draws["link_rows"], draws["link_times"]
+        batch = tokens.take(rows)
         level = self.levels.to(batch.values)[times].unsqueeze(1)
         free = ~batch.available
-        noisy = add_noise(imputation.values[:, rows], noise, level) * free.unsqueeze(-1)
+        noisy = add_noise(imputation.values[:, rows], draws["link_noise"], level) * free.unsqueeze(-1)
         condition = encode_condition(params, self._inputs(batch, batch.available, free))
         output = denoise(params, condition, noisy, modulation[times])
-        return rows, self._clean(output, condition, noisy, level)
+        return self._clean(output, condition, noisy, level)
 
     def _clean(self, output: Tensor, condition: Condition, noisy: Tensor, level: Tensor) -> Tensor:
         """Turn the denoiser's output into an estimate of x_0, [num_tokens, batch, dim]."""
         if self.config.prediction == "x0":
-            return output + condition.start
+            return _from_start(output, condition)
         return clean_from_noise(noisy, output, level)
 
     def _inputs(
         self, tokens: TokenTable, known: Tensor, noised: Tensor, keep_prototype: Tensor | None = None
     ) -> DenoiserInput:
         """Assemble the denoiser's input; prototypes stand only beside tokens that are not known."""
+        if tokens.prototypes is None or tokens.has_prototype is None or not self.config.use_prototypes:
+            return DenoiserInput(tokens.values, known, noised)
         has_prototype = tokens.has_prototype & ~known
-        if not self.config.use_prototypes:
-            has_prototype = torch.zeros_like(has_prototype)
-        elif keep_prototype is not None:
+        if keep_prototype is not None:
             has_prototype = has_prototype & keep_prototype
         return DenoiserInput(tokens.values, known, noised, tokens.prototypes, has_prototype)
 
@@ -193,7 +207,6 @@ def random_condition(available: Tensor, generator: torch.Generator) -> Tensor:
     return known.scatter(0, last, torch.zeros_like(known[:1]))
 
 
-def _take_rows(tokens: TokenTable, rows: Tensor) -> TokenTable:
-    return TokenTable(
-        tokens.values[:, rows], tokens.available[:, rows], tokens.prototypes[:, rows], tokens.has_prototype[:, rows]
-    )
+def _from_start(output: Tensor, condition: Condition) -> Tensor:
+    """Add what a prediction of x_0 starts from, [num_tokens, batch, dim]."""
+    return output if condition.start is None else output + condition.start

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsim.models.imputers.base import FixedImputer, Imputation, TokenTable
+from fedsim.models.imputers.base import Draws, FixedImputer, Imputation, TokenTable
 
 
 class MeanImputer(FixedImputer):
     """Fill with the client's mean token of the modality (zero where the client has none)."""
 
-    def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, generator: torch.Generator) -> Imputation:
+    def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, draws: Draws) -> Imputation:
         """Return the mean over the available tokens, for every entity."""
         weight = tokens.available.to(tokens.values.dtype).unsqueeze(-1)  # [num_tokens, num_entities, 1]
         mean = (tokens.values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
