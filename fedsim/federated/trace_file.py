@@ -40,8 +40,9 @@ def read_trace(path: Path, clients: Sequence[int]) -> dict[int, list[TraceRow]]:
     try:
         lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
         raise ConfigError(
-            f"config field 'participation.trace_file' = '{path}' cannot be read: {err}; give a csv file with the "
+            f"config field 'participation.trace_file' = '{path}' cannot be read: {reason}; give a csv file with the "
             f"columns client,round,available[,speed]"
         ) from err
     rows = list(csv.reader(lines))

@@ -220,9 +220,13 @@ def test_a_bad_trace_names_file_and_line(text: str, part: str, tmp_path: Path) -
     assert part in str(caught.value)
 
 
-def test_a_missing_trace_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'participation.trace_file' = '.*none.csv' cannot be read"):
-        _schedule(trace_file=str(tmp_path / "none.csv"))
+def test_a_trace_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    missing, binary = tmp_path / "none.csv", tmp_path / "binary.csv"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"'participation.trace_file' = '.*none.csv' cannot be read: No such file"):
+        _schedule(trace_file=str(missing))
+    with pytest.raises(ConfigError, match=r"binary.csv' cannot be read: it is not UTF-8 text; give a csv file"):
+        _schedule(trace_file=str(binary))
 
 
 def test_nothing_is_simulated_by_default_and_central_training_cannot_be() -> None:
