@@ -47,7 +47,7 @@ class _ClientActor:
     @ray.method
     def start(self) -> tuple[str, str, int]:
         """Take hold of the device; return the address and the id of the node, and the process id there."""
-        if client_device(self.config).type == "cuda":
+        if self._device().type == "cuda":
             # Ray counts shares of a GPU and does not enforce them: without this, one actor can starve the others.
             torch.cuda.set_per_process_memory_fraction(self.config.runtime.gpus_per_client)
         return str(ray.util.get_node_ip_address()), ray.get_runtime_context().get_node_id(), os.getpid()
@@ -55,7 +55,7 @@ class _ClientActor:
     @ray.method
     def add_clients(self, data: Sequence[ClientData]) -> None:
         """Make clients of their data."""
-        device = client_device(self.config)
+        device = self._device()
         self.clients |= {item.client: make_client(item, self.config, device) for item in data}
 
     @ray.method
@@ -123,6 +123,10 @@ class _ClientActor:
         """Read the file of a batch of clients of a checkpoint."""
         for client, state in load_clients(clients, folder).items():
             self.clients[client].load_state(state)
+
+    def _device(self) -> torch.device:
+        """Choose where clients' tensors live."""
+        return client_device(self.config)
 
     def _sums(self, round_num: int) -> RoundSums:
         """Return the sums of a round, opened anew when the round begins."""
