@@ -4,7 +4,9 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from actors.tensors import share_tensors
 from fedsim.checkpoint import load_clients, save_clients
 from fedsim.config import Config
-from fedsim.data.clients import ClientData
+from fedsim.data.clients import ClientData, with_matrices
 from fedsim.evaluation.consistency import TokenSample, sample_tokens
 from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
@@ -53,10 +55,11 @@ class _ClientActor:
         return str(ray.util.get_node_ip_address()), ray.get_runtime_context().get_node_id(), os.getpid()
 
     @ray.method
-    def add_clients(self, data: Sequence[ClientData]) -> None:
-        """Make clients of their data."""
+    def add_clients(self, data: Sequence[ClientData], names: Sequence[str], *matrices: np.ndarray[Any, Any]) -> None:
+        """Make clients of their data; feature matrices come apart, read in place by all actors of a node."""
         device = self._device()
-        self.clients |= {item.client: make_client(item, self.config, device) for item in data}
+        shared = dict(zip(names, matrices, strict=True))
+        self.clients |= {item.client: make_client(with_matrices(item, shared), self.config, device) for item in data}
 
     @ray.method
     def hello(self) -> list[ClientHello]:

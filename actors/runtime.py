@@ -23,6 +23,7 @@ from actors.client import ClientActor, _ClientActor
 from actors.cluster import connect, settled_resources
 from actors.placement import Batch, plan_placement
 from actors.server import ServerActor, _ServerActor
+from fedsim.data.clients import shared_matrices, without_matrices
 from fedsim.evaluation.consistency import semantic_consistency, shared_entities
 from fedsim.federated.aggregation import PartialSums
 from fedsim.federated.batches import plan_batches
@@ -265,10 +266,14 @@ class RayRuntime:
 
     def _hand_out(self) -> None:
         """Give each client its data, make it known to the server, and send it the initial global model."""
-        data_of = {data.client: data for data in self.experiment.clients}
+        shared = shared_matrices(self.experiment.clients)
+        matrices = [ray.put(matrix) for matrix in shared.values()]
+        data_of = {data.client: without_matrices(data, shared) for data in self.experiment.clients}
 
         def give(held: _Held) -> "ObjectRef[None]":
-            return held.actor.add_clients.remote(ray.put([data_of[client] for client in held.clients]))
+            data = ray.put([data_of[client] for client in held.clients])
+            given: ObjectRef[None] = held.actor.add_clients.remote(data, list(shared), *cast(Any, matrices))
+            return given
 
         list(self._each_actor("start", give))
         server = self.server

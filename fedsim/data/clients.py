@@ -3,8 +3,9 @@
 Built once from (graph, config); everything here is private to a client and never enters a message.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,26 @@ class ClientFeatures:
 
     Attributes:
         rows: local entity ids that have the modality in the data, [num_rows].
-        values: [num_rows, feature_dim] float32.
+        matrix: where the features stand, [num_available, feature_dim] float16 or float32: the data set's matrix, of
+            which all clients of a node share one copy, or the client's own if its features were disturbed.
+        places: the row of the matrix of each of `rows`, [num_rows].
         visible: bool [num_rows]; hidden ones are kept aside for the imputation metrics.
     """
 
     rows: Ids
-    values: npt.NDArray[np.float32]
+    matrix: npt.NDArray[np.floating[Any]]
+    places: Ids
     visible: npt.NDArray[np.bool_]
+
+    @property
+    def dim(self) -> int:
+        """Return the width of a feature vector."""
+        return int(self.matrix.shape[1])
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """Take the client's rows out of the matrix, [num_rows, feature_dim] float32."""
+        return self.matrix[self.places].astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,26 @@ class ClientData:
     train: Triples
     features: dict[str, ClientFeatures]
     groups: tuple[EvaluationGroup, ...]
+
+
+def shared_matrices(clients: Sequence[ClientData]) -> dict[str, npt.NDArray[np.floating[Any]]]:
+    """Return the feature matrices that all clients share, by modality."""
+    found = {}
+    for name, item in clients[0].features.items():
+        if all(data.features[name].matrix is item.matrix for data in clients):
+            found[name] = np.asarray(item.matrix)
+    return found
+
+
+def without_matrices(data: ClientData, shared: Collection[str]) -> ClientData:
+    """Leave out the matrices of shared modalities, to send the rest."""
+    return with_matrices(data, {name: data.features[name].matrix[:0].copy() for name in shared})
+
+
+def with_matrices(data: ClientData, shared: Mapping[str, npt.NDArray[np.floating[Any]]]) -> ClientData:
+    """Put the matrices of shared modalities in place."""
+    features = {name: replace(data.features[name], matrix=matrix) for name, matrix in shared.items()}
+    return replace(data, features=data.features | features)
 
 
 def load_federated_split(graph: KnowledgeGraph, config: Config) -> FederatedSplit:
@@ -132,9 +166,8 @@ def _client_features(
 ) -> ClientFeatures:
     """Take a client's rows of one modality, hide some, and disturb them if asked."""
     data = config.data
-    present = np.isin(features.entity, entity_ids)
-    rows = np.searchsorted(entity_ids, features.entity[present])
-    values = np.asarray(features.values[present], dtype=np.float32)
+    places = np.flatnonzero(np.isin(features.entity, entity_ids))
+    rows = np.searchsorted(entity_ids, features.entity[places])
     available = np.zeros(len(entity_ids), dtype=np.bool_)
     available[rows] = True
     rate = data.missing_rate if isinstance(data.missing_rate, float | int) else data.missing_rate.get(name, 0.0)
@@ -147,11 +180,14 @@ def _client_features(
         pattern=data.missing_pattern,
         seed=config.data_seed,
     )
-    if data.feature_noise > 0 and visible[rows].any():
+    if data.feature_noise == 0:
+        return ClientFeatures(rows, features.values, places, visible[rows])
+    values = np.asarray(features.values[places], dtype=np.float32)
+    if visible[rows].any():
         generator = numpy_generator(config.data_seed, f"feature_noise/{name}", client=client)
         size = float(np.sqrt(np.mean(np.square(values[visible[rows]]))))  # hidden features decide nothing
         values = values + data.feature_noise * size * generator.standard_normal(values.shape).astype(np.float32)
-    return ClientFeatures(rows, values, visible[rows])
+    return ClientFeatures(rows, values, np.arange(len(rows)), visible[rows])
 
 
 class _Localiser:

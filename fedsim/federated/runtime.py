@@ -118,7 +118,7 @@ def prepare(config: Config) -> Experiment:
             f"give at most {split.num_clients}"
         )
     clients = build_clients(graph, split, config, together=strategy.together)
-    feature_dims = {name: item.values.shape[1] for name, item in clients[0].features.items()}
+    feature_dims = {name: item.dim for name, item in clients[0].features.items()}
     return Experiment(config, graph.name, graph.num_entities, feature_dims, clients, split.num_moved)
 
 

@@ -7,7 +7,7 @@ methods are held to a list, so that a new way out cannot open unseen.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import ray
 import torch
 from torch import Tensor
 
+import fedsim.federated.runtime
 from actors.client import _ClientActor
 from actors.runtime import RayRuntime, ray_runtime
 from actors.server import _ServerActor
@@ -204,20 +205,29 @@ def leaves(message: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Record whatever the methods of a client return."""
+    """Record whatever a client, or a batch of clients, gives to the runtime."""
     kept = Recorder()
+    hello = Client.hello
+
+    def watched_hello(self: Client) -> Any:
+        result = hello(self)
+        kept.record(self, result)
+        return result
+
+    monkeypatch.setattr(Client, "hello", watched_hello)
 
     def watch(name: str) -> None:
-        original: Callable[..., Any] = getattr(Client, name)
+        original: Callable[..., Any] = getattr(fedsim.federated.runtime, name)
 
-        def watched(self: Client, *args: Any, **options: Any) -> Any:
-            result = original(self, *args, **options)
-            kept.record(self, result)
-            return result
+        def watched(clients: Sequence[Client], *args: Any) -> Any:
+            results = original(clients, *args)
+            for client, result in zip(clients, results, strict=True):
+                kept.record(client, result)
+            return results
 
-        monkeypatch.setattr(Client, name, watched)
+        monkeypatch.setattr(fedsim.federated.runtime, name, watched)
 
-    for name in ("hello", "train", "evaluate"):
+    for name in ("train_clients", "evaluate_clients"):
         watch(name)
     return kept
 

@@ -1,5 +1,6 @@
 """What each client holds: local ids, visible features, and refusals."""
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 
 from builders import tiny_graph
 from experiments import small_config, small_experiment
-from fedsim.data.clients import build_client, build_clients, chosen_modalities, load_federated_split
+from fedsim.data.clients import (
+    build_client,
+    build_clients,
+    chosen_modalities,
+    load_federated_split,
+    shared_matrices,
+    with_matrices,
+    without_matrices,
+)
 from fedsim.data.dataset import KnowledgeGraph
 from fedsim.data.splits import FederatedSplit
 from fedsim.errors import ConfigError, DataError
@@ -42,6 +51,23 @@ def test_features_are_the_rows_of_the_clients_entities() -> None:
         assert np.array_equal(data.entity_ids[item.rows], whole.entity[held])
         assert np.array_equal(item.values, whole.values[held])
         assert item.visible.sum() == len(item.rows) - round(0.5 * len(item.rows))
+
+
+def test_clients_share_one_matrix_which_is_sent_apart() -> None:
+    """What is sent of the clients has no row of the matrix; put back, they are as before."""
+    graph = tiny_graph()
+    clients = small_experiment(graph=graph).clients
+    shared = shared_matrices(clients)
+    assert list(shared) == list(graph.features)
+    for data in clients:
+        sent = pickle.loads(pickle.dumps(without_matrices(data, shared)))
+        assert all(len(item.matrix) == 0 for item in sent.features.values())
+        back = with_matrices(sent, shared)
+        for name, item in data.features.items():
+            assert back.features[name].matrix is shared[name]
+            assert np.array_equal(back.features[name].values, item.values)
+    noisy = small_experiment({"data.feature_noise": 0.5}, graph).clients
+    assert shared_matrices(noisy) == {}, "disturbed features are a client's own"
 
 
 def test_a_rate_per_modality_and_its_default() -> None:
