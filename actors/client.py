@@ -20,6 +20,7 @@ from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
 from fedsim.federated.client_batch import evaluate_clients, train_clients
+from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import client_device, make_client
 from fedsim.process import settle_process
@@ -36,6 +37,7 @@ class _ClientActor:
     def __init__(self, name: str, config: Config) -> None:
         self.name, self.config = name, config
         self.clients: dict[int, Client] = {}
+        self.part_size = PartSize()
         self.shape: SumShape | None = None
         self.sums: RoundSums | None = None
         share_tensors()
@@ -76,21 +78,24 @@ class _ClientActor:
     @ray.method(num_returns=2)
     def train(
         self, clients: Sequence[int], round_num: int, broadcast: Broadcast | None
-    ) -> tuple[list[ClientUpdate], list[ClientReport]]:
-        """Forward to `train_clients`; the updates go to the server."""
-        results = train_clients([self.clients[client] for client in clients], round_num, broadcast)
-        return [update for update, _ in results if update is not None], [report for _, report in results]
+    ) -> tuple[list[ClientUpdate], tuple[list[ClientReport], int]]:
+        """Forward to `train_clients`; the updates go to the server, reports and the clients at once to the driver."""
+        results = self._train(clients, round_num, broadcast)
+        updates = [update for update, _ in results if update is not None]
+        return updates, ([report for _, report in results], self.part_size.most or len(clients))
 
     @ray.method
-    def train_and_sum(self, clients: Sequence[int], round_num: int, broadcast: Broadcast) -> list[ClientReport]:
+    def train_and_sum(
+        self, clients: Sequence[int], round_num: int, broadcast: Broadcast
+    ) -> tuple[list[ClientReport], int]:
         """Forward to `train_clients`; the updates stay here as sums, see `sum_up`."""
         reports = []
         sums = self._sums(round_num)
-        for update, report in train_clients([self.clients[client] for client in clients], round_num, broadcast):
+        for update, report in self._train(clients, round_num, broadcast):
             assert update is not None, "a client that got a broadcast answers it"
             sums.add(update)
             reports.append(report)
-        return reports
+        return reports, self.part_size.most or len(clients)
 
     @ray.method(num_returns=2)
     def sum_up(self, round_num: int, *others: PartialSums) -> tuple[PartialSums, int]:
@@ -106,7 +111,11 @@ class _ClientActor:
         self, clients: Sequence[int], split: str, round_num: int, choose: bool
     ) -> list[list[ClientEvaluation]]:
         """Forward to `evaluate_clients`."""
-        return evaluate_clients([self.clients[client] for client in clients], split, round_num, choose)
+        return self.part_size.run(
+            [self.clients[client] for client in clients],
+            f"evaluation in round {round_num}",
+            lambda part: evaluate_clients(part, split, round_num, choose),
+        )
 
     @ray.method
     def measure(
@@ -126,6 +135,15 @@ class _ClientActor:
         """Read the file of a batch of clients of a checkpoint."""
         for client, state in load_clients(clients, folder).items():
             self.clients[client].load_state(state)
+
+    def _train(
+        self, clients: Sequence[int], round_num: int, broadcast: Broadcast | None
+    ) -> list[tuple[ClientUpdate | None, ClientReport]]:
+        return self.part_size.run(
+            [self.clients[client] for client in clients],
+            f"training in round {round_num}",
+            lambda part: train_clients(part, round_num, broadcast),
+        )
 
     def _device(self) -> torch.device:
         """Choose where clients' tensors live."""

@@ -45,6 +45,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PARTS = (
+    "the share of the GPU of actor %s ran out of memory, %s: of %d clients of a batch it trains %d at once from now "
+    "on, which changes the last digits; lower runtime.clients_per_batch or raise runtime.gpus_per_client to avoid it"
+)
 MAX_NAMED = 8  # clients of a batch that a message names
 
 _run_numbers = itertools.count(1)  # a name is free again only some time after its actor ended
@@ -101,6 +105,7 @@ class RayRuntime:
         self.pool: list[_Held] = []
         self.server: ActorProxy[_ServerActor] | None = None
         self.server_name, self.server_node, self.server_pid = "", "not known yet", 0
+        self.at_once: dict[str, int] = {}  # actor -> clients that its GPU's memory was said to hold
         self.sums_at_nodes = False  # whether actors send partial sums, or each client's update
 
     def start(self) -> None:
@@ -198,16 +203,17 @@ class RayRuntime:
         adding = f"adding updates in round {round_num}"
         updates: dict[int, ObjectRef[list[ClientUpdate]]] = {}
 
-        def submit(held: _Held, batch: Batch) -> "ObjectRef[list[ClientReport]]":
+        def submit(held: _Held, batch: Batch) -> "ObjectRef[tuple[list[ClientReport], int]]":
             # num_returns=2: two references
             pair: Any = held.actor.train.remote(batch, round_num, cast(Any, broadcast))
             updates[batch[0]], reports = pair
-            return cast("ObjectRef[list[ClientReport]]", reports)
+            return cast("ObjectRef[tuple[list[ClientReport], int]]", reports)
 
         reports = []
         receiving: ObjectRef[None] | None = None
-        for call, done in self._each_batch(f"training in round {round_num}", submit, cohort):
+        for call, (done, at_once) in self._each_batch(f"training in round {round_num}", submit, cohort):
             reports += done
+            self._say_parts(call, at_once)
             update = updates.pop(call.clients[0])
             if self.server is not None:
                 if receiving is not None:
@@ -230,7 +236,10 @@ class RayRuntime:
             lambda held, batch: held.actor.train_and_sum.remote(batch, round_num, cast(Any, broadcast)),
             cohort,
         )
-        reports = [report for _, done in calls for report in done]
+        reports = []
+        for call, (done, at_once) in calls:
+            reports += done
+            self._say_parts(call, at_once)
         partials: dict[str, ObjectRef[PartialSums]] = {}
 
         def submit(held: _Held, others: Sequence[_Held]) -> "ObjectRef[int]":
@@ -254,6 +263,12 @@ class RayRuntime:
         for partial_sums in partials.values():
             self._await_server(server.merge.remote(partial_sums), what)
         return reports
+
+    def _say_parts(self, call: Call[Any], at_once: int) -> None:
+        """Say once per actor and size that a GPU's memory holds fewer clients at once than a batch has."""
+        if at_once < min(len(call.clients), self.at_once.get(call.actor, len(call.clients))):
+            self.at_once[call.actor] = at_once
+            logger.warning(PARTS, call.actor, call.what, len(call.clients), at_once)
 
     def _await_actors(self) -> None:
         """Wait until all actors run, and learn their nodes."""

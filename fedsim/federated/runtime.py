@@ -1,5 +1,6 @@
 """Where clients and server run: the `Runtime` protocol, and the one that runs all of them in this process."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,13 @@ from fedsim.federated import STRATEGIES, Strategy
 from fedsim.federated.batches import ClientSize, plan_batches
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
 from fedsim.federated.client_batch import evaluate_clients, train_clients
+from fedsim.federated.gpu_memory import PartSize
+from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.server import Server, ServerReport
 from fedsim.models.client_model import pick
 from fedsim.process import settle_process
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,7 @@ class InProcessRuntime:
         strategy = make_strategy(config)
         device = client_device(config)
         self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}
+        self.part_size = PartSize()
         self.batches = plan_batches(config, client_sizes(experiment))
         self.placement = [
             f"{len(self.clients)} clients in this process, {config.runtime.torch_threads} torch thread(s)"
@@ -169,7 +175,7 @@ class InProcessRuntime:
         reports = []
         broadcast = self.server.begin_round(round_num) if self.server is not None else None
         for members in sampled(self.batches, cohort):
-            for update, report in train_clients([self.clients[number] for number in members], round_num, broadcast):
+            for update, report in self._train(members, round_num, broadcast):
                 if self.server is not None and update is not None:
                     self.server.receive(update)
                 reports.append(report)
@@ -184,8 +190,12 @@ class InProcessRuntime:
         """Rank every client's triples of a split."""
         parts: dict[int, list[ClientEvaluation]] = {}
         for members in self.batches:
-            clients = [self.clients[number] for number in members]
-            parts |= zip(members, evaluate_clients(clients, split, round_num, choose), strict=True)
+            done = self.part_size.run(
+                [self.clients[number] for number in members],
+                f"evaluation in round {round_num}",
+                lambda part: evaluate_clients(part, split, round_num, choose),
+            )
+            parts |= zip(members, done, strict=True)
         return [evaluation for number in self.clients for evaluation in parts[number]]
 
     def measure(self, round_num: int) -> Measurements:
@@ -215,6 +225,24 @@ class InProcessRuntime:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def _train(
+        self, members: Sequence[int], round_num: int, broadcast: Broadcast | None
+    ) -> list[tuple[ClientUpdate | None, ClientReport]]:
+        known = self.part_size.most
+        results = self.part_size.run(
+            [self.clients[number] for number in members],
+            f"training in round {round_num}",
+            lambda part: train_clients(part, round_num, broadcast),
+        )
+        if self.part_size.most != known:
+            logger.warning(
+                "the GPU ran out of memory in round %d: clients of a batch train %d at once from now on, which changes "
+                "the last digits; lower runtime.clients_per_batch to avoid it",
+                round_num,
+                self.part_size.most,
+            )
+        return results
 
 
 def client_sizes(experiment: Experiment) -> dict[int, ClientSize]:

@@ -138,6 +138,25 @@ def test_a_damaged_client_file_is_named(runtime: RayRuntime, tmp_path: Path) -> 
         runtime.load(tmp_path)
 
 
+def test_a_gpu_without_memory_for_a_batch_is_said_once_per_size(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = RayRuntime(prepare(small_config(dataset, Path("run"), data__num_clients=2)), shut_down=False)
+
+    def trained(num_clients: int, at_once: int) -> list[str]:
+        caplog.clear()
+        call = Call("x", "run/pool-0", "node", "training in round 2", lambda: None, tuple(range(num_clients)))
+        runtime._say_parts(call, at_once)
+        return caplog.messages
+
+    assert trained(8, 8) == []
+    (line,) = trained(8, 2)
+    assert "run/pool-0 ran out of memory, training in round 2: of 8 clients of a batch it trains 2 at once" in line
+    assert "changes the last digits; lower runtime.clients_per_batch or raise runtime.gpus_per_client" in line
+    assert trained(8, 2) == trained(1, 1) == []
+    assert len(trained(8, 1)) == 1
+
+
 def test_results_come_as_they_are_ready_with_few_calls_in_flight(ray_cluster: Any) -> None:
     """Of two actors, the slow one's results come last, and no actor has more than two calls queued."""
 

@@ -73,8 +73,8 @@ CLIENT_ACTOR_RETURNS = {
     "add_clients": "None",
     "hello": "list[ClientHello]",
     "join": "None",
-    "train": "tuple[list[ClientUpdate], list[ClientReport]]",
-    "train_and_sum": "list[ClientReport]",
+    "train": "tuple[list[ClientUpdate], tuple[list[ClientReport], int]]",
+    "train_and_sum": "tuple[list[ClientReport], int]",
     "sum_up": "tuple[PartialSums, int]",
     "evaluate": "list[list[ClientEvaluation]]",
     "measure": "list[tuple[dict[str, float], TokenSample]]",
@@ -381,7 +381,8 @@ def test_what_comes_out_of_a_client_actor_is_the_same_message(experiment: Experi
         for held in runtime.pool:
             (number,) = held.clients
             pair: Any = held.actor.train.remote([number], 1, broadcast)
-            (update,), (report,) = ray.get(list(pair))
+            (update,), ((report,), at_once) = ray.get(list(pair))
+            assert at_once == 1
             client = twin.clients[number]
             expected, _ = client.train(1, twin.server.begin_round(1).for_entities(client.entity_ids))
             assert type(update) is ClientUpdate
@@ -408,7 +409,9 @@ def test_what_a_pool_sends_is_the_sum_of_the_updates_and_nothing_else(experiment
         (broadcast,) = ray.get(runtime.server.begin_round.remote(1))
         (held,) = runtime.pool
         reports = [
-            report for batch in held.batches for report in ray.get(held.actor.train_and_sum.remote(batch, 1, broadcast))
+            report
+            for batch in held.batches
+            for report in ray.get(held.actor.train_and_sum.remote(batch, 1, broadcast))[0]
         ]
         pair: Any = held.actor.sum_up.remote(1)
         partial, number = ray.get(list(pair))

@@ -83,6 +83,8 @@ def test_shares_of_a_gpu_are_reserved_and_auto_packs_by_them(seen: dict[str, Any
     assert shares == [GPU_SHARE] * 4
     places = Counter((node, *gpus) for _, node, gpus in seen["reserved"])
     assert sorted(places.values()) == [2, 2]
-    assert seen["lines"][0].startswith(f"pooled: 4 client actors, holding {NUM_CLIENTS} clients, each on 0.5 CPU and 0.5 GPU")
+    assert seen["lines"][0].startswith(
+        f"pooled: 4 client actors, holding {NUM_CLIENTS} clients, each on 0.5 CPU and 0.5 GPU"
+    )
     assert "room for 4 client actors, not for 6" in seen["lines"][1]
     assert seen["trained"] == list(range(NUM_CLIENTS))
