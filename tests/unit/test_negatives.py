@@ -1,0 +1,49 @@
+"""Negatives of a batch: their draws, and shared ones scored as if each query had them for itself."""
+
+import pytest
+import torch
+
+from experiments import generator, small_config
+from fedsim.models.client_model import ClientModel
+from fedsim.models.negatives import candidate_scores, draw_negatives, used_rows
+from fedsim.models.scorers import SCORERS
+
+
+def test_negatives_are_drawn_from_all_entities_of_the_client() -> None:
+    settings = small_config({"training.num_negatives": 50}).training
+    negatives = draw_negatives(settings, (2, 30), 7, generator())
+    assert negatives.shape == (2, 30, 50)
+    assert negatives.unique().tolist() == list(range(7))
+    assert torch.equal(negatives, draw_negatives(settings, (2, 30), 7, generator()))
+    assert not torch.equal(negatives[0, 0], negatives[0, 1])
+
+
+def test_shared_negatives_are_one_set() -> None:
+    settings = small_config({"training.num_negatives": 50, "training.negatives": "shared"}).training
+    assert draw_negatives(settings, (2, 30), 7, generator()).shape == (1, 1, 50)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("leading", [(), (3,)])
+def test_shared_negatives_score_as_those_of_each_query(scorer: str, leading: tuple[int, ...]) -> None:
+    """On the whole tables and on the rows in use: the same scores, and the same gradients of the whole tables."""
+    model = ClientModel(small_config({"model.scorer": scorer, "model.fusion": "none"}), {})
+    size = (*leading, 2, 9, model.dim)  # two parts
+    table = torch.randn(size, generator=generator(), dtype=torch.float64, requires_grad=True)
+    relations = torch.randn(
+        *leading, 2, 6, model.scorer.relation_dim(model.dim), generator=generator(1), dtype=torch.float64
+    )
+    ids = torch.randint(9, (*leading, 5, 2), generator=generator(2))
+    triples = torch.stack([ids[..., 0], ids[..., 1] % 3, ids[..., 1]], -1)
+    negatives = torch.randint(9, (*leading, 1, 4), generator=generator(3))
+
+    def score(embeddings: torch.Tensor, triples: torch.Tensor, negatives: torch.Tensor) -> list[torch.Tensor]:
+        head, relation, tail = triples.unbind(-1)
+        queries = model.queries(embeddings, relations, head, relation, inverse=False)
+        scores = candidate_scores(model, queries, embeddings, tail, negatives)
+        return [scores, *torch.autograd.grad(scores.tanh().sum(), table)]
+
+    own = score(table, triples, negatives.expand(*leading, 5, 4))
+    assert own[0].shape == (*leading, 5, 5)
+    torch.testing.assert_close(score(table, triples, negatives), own)
+    torch.testing.assert_close(score(*used_rows(table, triples, negatives)), own)
