@@ -6,7 +6,7 @@ says which views are trained and adds a coupling term between them; it never cop
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fedsim.models.client_model import ClientModel, EntityInput
 from fedsim.models.client_stack import ClientStack, ClientValues, Member
 from fedsim.models.imputers import Draws, Imputation, TokenTable
 from fedsim.models.losses import n3_penalty
-from fedsim.models.negatives import candidate_scores, draw_negatives
+from fedsim.models.negatives import candidate_scores, draw_negatives, used_rows
 from fedsim.models.optimizers import OPTIMIZERS
 from fedsim.models.parameters import Params, select_view, take_rows
 
@@ -257,6 +257,9 @@ def forward_view(
         batch.draws.get(view, {}),
     )
     losses, embeddings = dict(passed.losses), passed.embeddings
+    if batch.negatives is not None and config.training.negatives == "shared":
+        embeddings, triples, negatives = used_rows(embeddings, batch.triples, batch.negatives)
+        batch = replace(batch, triples=triples, negatives=negatives)
     queries, target = _queries(model, embeddings, relations, batch.triples)
     if view in batch.keep:
         queries = queries * batch.keep[view] / (1 - config.model.dropout)
