@@ -65,22 +65,6 @@ MODULI = Norm(_sum_of_moduli, _slope_of_moduli)
 """Sum of the moduli of complex numbers, stored as all real parts, then all imaginary parts."""
 
 
-def take_rows(tables: Tensor, ids: Tensor) -> Tensor:
-    """Take the same rows of every part's table.
-
-    Args:
-        tables: [..., num_parts, num_rows, dim].
-        ids: int64 [..., batch].
-
-    Returns:
-        [..., num_parts, batch, dim].
-    """
-    *stack, num_rows, dim = tables.shape
-    offset = torch.arange(torch.Size(stack).numel(), device=ids.device).view(*stack, 1) * num_rows
-    # Its gradient is summed in a fixed order on any number of threads, which that of indexing is not.
-    return functional.embedding(ids.unsqueeze(-2) + offset, tables.reshape(-1, dim))
-
-
 def dot_rows(query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """Multiply each query with its own rows of the table.
 

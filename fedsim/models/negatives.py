@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsim.config import TrainingConfig
 from fedsim.models.client_model import ClientModel
-from fedsim.models.kernels import take_rows
+from fedsim.models.parameters import take_rows
 
 
 def draw_negatives(

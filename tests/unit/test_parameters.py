@@ -5,7 +5,7 @@ import math
 import torch
 
 from experiments import generator
-from fedsim.models.parameters import layer_norm, linear, linear_init, select_view, with_prefix
+from fedsim.models.parameters import layer_norm, linear, linear_init, select_view, take_rows, with_prefix
 
 
 def test_layer_norm_standardises_by_hand() -> None:
@@ -32,3 +32,15 @@ def test_views_come_apart_as_they_were_put_together() -> None:
     both = with_prefix(own, "local") | with_prefix({"entity": torch.zeros(1)}, "global") | {"relation": torch.ones(2)}
     assert select_view(both, "local") == own
     assert set(select_view(both, "global")) == {"entity"}
+
+
+def test_the_same_rows_of_every_part_are_taken() -> None:
+    """Two stacked clients of three parts: values and gradients equal those of indexing, repeated ids and all."""
+    tables = torch.randn(2, 3, 5, 4, generator=generator(), dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(5, (2, 7), generator=generator())
+    slope = torch.randn(2, 3, 7, 4, generator=generator(1), dtype=torch.float64)
+    expected = torch.stack([table[:, own] for table, own in zip(tables, ids, strict=True)])
+    found = take_rows(tables, ids)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, tables, slope), torch.autograd.grad(expected, tables, slope))
+    torch.testing.assert_close(take_rows(tables[0], ids[0]), expected[0])

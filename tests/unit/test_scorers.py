@@ -190,18 +190,3 @@ def test_scores_equal_pykeen(scorer: Scorer, inverse: bool) -> None:
         coordinates = (part.unsqueeze(-1) for part in (as_complex(head), rotation, as_complex(tail)))
         expected = RotatEInteraction()(*coordinates).sum(dim=-1)
     torch.testing.assert_close(scorer.score(query, candidates), expected)
-
-
-@given(seed=st.integers(0, 2**32))
-@settings(max_examples=10)
-def test_rows_of_every_part_are_taken(seed: int) -> None:
-    """Two stacked clients of three parts: values and gradients equal those of indexing, repeated ids and all."""
-    generator = torch.Generator().manual_seed(seed)
-    tables = torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    ids = torch.randint(5, (2, 7), generator=generator)
-    slope = torch.randn(2, 3, 7, 4, generator=generator, dtype=torch.float64)
-    expected = torch.stack([table[:, own] for table, own in zip(tables, ids, strict=True)])
-    found = kernels.take_rows(tables, ids)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, tables, slope), torch.autograd.grad(expected, tables, slope))
-    torch.testing.assert_close(kernels.take_rows(tables[0], ids[0]), expected[0])
