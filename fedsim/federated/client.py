@@ -359,6 +359,10 @@ def impute_together(clients: Sequence[Client], round_num: int) -> None:
     views = [view for view in clients[0].strategy.views if (view, round_num) not in clients[0]._imputations]
     if not views:
         return
+    if not clients[0].model.imputes:  # nothing to stack for
+        for client in clients:
+            client._imputations |= {(view, round_num): None for view in views}
+        return
     stack = ClientStack(clients[0].model, [client.member(round_num) for client in clients])
     for view in views:
         generators = [member.generator_of(f"evaluate/{view}") for member in stack.members]
