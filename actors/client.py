@@ -11,6 +11,7 @@ import ray
 import torch
 from torch import Tensor
 
+from actors.cluster import private_memory
 from actors.tensors import share_tensors
 from fedsim.checkpoint import load_clients, save_clients
 from fedsim.config import Config
@@ -49,12 +50,17 @@ class _ClientActor:
         return self.name
 
     @ray.method
-    def start(self) -> tuple[str, str, int]:
-        """Take hold of the device; return the address and the id of the node, and the process id there."""
+    def start(self) -> tuple[str, str, int, float]:
+        """Take hold of the device; return address and id of the node, process id, and the bytes of private memory."""
         if self._device().type == "cuda":
             # Ray counts shares of a GPU and does not enforce them: without this, one actor can starve the others.
             torch.cuda.set_per_process_memory_fraction(self.config.runtime.gpus_per_client)
-        return str(ray.util.get_node_ip_address()), ray.get_runtime_context().get_node_id(), os.getpid()
+        return (
+            str(ray.util.get_node_ip_address()),
+            ray.get_runtime_context().get_node_id(),
+            os.getpid(),
+            private_memory(),
+        )
 
     @ray.method
     def add_clients(self, data: Sequence[ClientData], names: Sequence[str], *matrices: np.ndarray[Any, Any]) -> None:

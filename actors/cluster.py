@@ -6,15 +6,19 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.placement import NodeResources
 from fedsim.errors import RunError
 
 PROBE_SECONDS = 60.0  # for a process that imports Ray and joins; Ray itself would try for minutes
 PORT_SECONDS = 5.0
+MEASURE_SECONDS = 120.0
 MEND = "check runtime.address and that the cluster runs (`ray status`), or leave it null to start one on this machine"
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
 
@@ -66,6 +70,52 @@ def cluster_resources() -> tuple[list[NodeResources], NodeResources]:
     """Return what each node of the cluster has, and what all of them together have free."""
     nodes = [_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     return nodes, _resources(ray.available_resources())
+
+
+def with_measured_memory(nodes: list[NodeResources]) -> list[NodeResources]:
+    """Put the memory that is free now in place of what Ray counts, node by node, where it can be measured."""
+    ids = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    here = ray.get_runtime_context().get_node_id()
+    measure = ray.remote(num_cpus=0)(available_memory)
+    found = {
+        node_id: available_memory()
+        if node_id == here
+        else measure.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
+        for node_id in ids
+    }
+    try:
+        measured = [
+            ray.get(value, timeout=MEASURE_SECONDS) if isinstance(value, ray.ObjectRef) else value
+            for value in found.values()
+        ]
+    except RayError as err:
+        raise RunError(f"a node of the Ray cluster does not answer: {_line(str(err))}; {MEND}") from err
+    return [
+        node if free is None else replace(node, memory_bytes=min(node.memory_bytes, free))
+        for node, free in zip(nodes, measured, strict=True)
+    ]
+
+
+def available_memory() -> float | None:
+    """Measure the memory that new processes of this machine, or of its container, can take; None if it does not say."""
+    free: list[float] = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free.append(float(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free.append(float(limit.read_text()) - float(used.read_text()))
+    return min(free, default=None)
+
+
+def private_memory() -> float:
+    """Measure the memory of this process that it shares with no other; 0 if the system does not say."""
+    found = Path("/proc/self/smaps_rollup")
+    if not found.is_file():
+        return 0.0
+    lines = [line.split() for line in found.read_text().splitlines()]
+    return 1024.0 * sum(float(words[1]) for words in lines if words[0] in ("Private_Clean:", "Private_Dirty:"))
 
 
 def settled_resources(num_seconds: float = 10.0) -> tuple[list[NodeResources], NodeResources]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from fedsim.config import RuntimeConfig
@@ -60,6 +60,7 @@ def plan_placement(
     free: NodeResources,
     *,
     with_server: bool,
+    state_bytes: float = 0.0,
 ) -> PlacementPlan:
     """Decide how many actors there are and which clients each one holds.
 
@@ -69,11 +70,16 @@ def plan_placement(
         nodes: what each node has.
         free: what all nodes together have free.
         with_server: leave room for a server actor.
+        state_bytes: what all clients together keep in memory, beside their actors' own.
 
     Raises:
         RunError: if the cluster is too small for what the config asks, naming what is needed and what there is.
     """
     num_clients, singles = sum(map(len, work)), all(len(batch) == 1 for batch in work)
+    memory = sum(node.memory_bytes for node in nodes)
+    share = state_bytes / len(nodes)
+    nodes = [replace(node, memory_bytes=max(node.memory_bytes - share, 0.0)) for node in nodes]
+    reserved = f"{memory / 1e9:.1f} GB of memory free, {state_bytes / 1e9:.1f} GB of it for the clients' state"
     limits = _limits(config, nodes, free, num_clients, with_server)
     tightest = min(limits, key=lambda limit: limit.num_actors)
     fits = max(min(tightest.num_actors, _packed(config, nodes, with_server)), 0)
@@ -82,15 +88,15 @@ def plan_placement(
     if config.placement == "dedicated" or (config.placement == "auto" and singles and fits >= num_clients):
         why = "as asked" if config.placement == "dedicated" else f"the cluster has room for all {num_clients}"
         groups = tuple((batch,) for batch in sorted(work))
-        return _plan("dedicated", groups, config, why, with_server)
+        return _plan("dedicated", groups, config, f"{why}; {reserved}", with_server)
     wanted = min(config.num_actors or max(fits, 1), len(work))
     if wanted > fits:
         raise RunError(_too_small(f"a pool of {wanted} client actors", wanted, tightest, with_server))
-    why = f"room for {fits} client actors, not for {num_clients}"
+    why = f"room for {fits} client actors, not for {num_clients} (limit: {tightest.resource})"
     if fits >= num_clients:
         why = f"{num_clients} clients train together in {len(work)} batches"
     why = "as asked" if config.placement == "pooled" else why
-    return _plan("pooled", deal(work, wanted), config, why, with_server)
+    return _plan("pooled", deal(work, wanted), config, f"{why}; {reserved}", with_server)
 
 
 def deal(work: Mapping[Batch, float], num_actors: int) -> tuple[tuple[Batch, ...], ...]:

@@ -20,13 +20,13 @@ from ray.actor import ActorHandle, ActorProxy
 
 from actors.calls import Call, collect, result_of
 from actors.client import ClientActor, _ClientActor
-from actors.cluster import connect, settled_resources
+from actors.cluster import connect, settled_resources, with_measured_memory
 from actors.placement import Batch, plan_placement
 from actors.server import ServerActor, _ServerActor
 from fedsim.data.clients import shared_matrices, without_matrices
 from fedsim.evaluation.consistency import semantic_consistency, shared_entities
 from fedsim.federated.aggregation import PartialSums
-from fedsim.federated.batches import plan_batches
+from fedsim.federated.batches import plan_batches, predicted_work, state_bytes
 from fedsim.federated.client import ClientEvaluation, ClientReport
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.runtime import (
@@ -64,6 +64,7 @@ class _Held:
     node: str = "not known yet"
     node_id: str = ""
     pid: int = 0
+    private_bytes: float = 0.0
 
     @property
     def clients(self) -> list[int]:
@@ -111,14 +112,23 @@ class RayRuntime:
     def start(self) -> None:
         """Place the actors, hand each client its data, and introduce the clients to the server."""
         pin_threads(self.config.runtime.torch_threads)  # the instruments' sums run here
-        experiment, federated = self.experiment, make_strategy(self.config).federated
+        experiment, strategy = self.experiment, make_strategy(self.config)
+        federated = strategy.federated
         nodes, free = settled_resources()
         sizes = client_sizes(experiment)
         work = {
-            batch: float(sum(sizes[client].num_triples for client in batch))
+            batch: sum(predicted_work(self.config, sizes[client]) for client in batch)
             for batch in plan_batches(self.config, sizes)
         }
-        plan = plan_placement(self.config.runtime, work, nodes, free, with_server=federated)
+        kept = sum(state_bytes(self.config, size, len(strategy.views)) for size in sizes.values())
+        plan = plan_placement(
+            self.config.runtime,
+            work,
+            with_measured_memory(nodes),
+            free,
+            with_server=federated,
+            state_bytes=kept,
+        )
         run = self._run_name()
         # An actor that dies has lost what its clients kept: it is not restarted, the run stops and says so.
         fixed = {"num_cpus": plan.num_cpus, "max_restarts": 0, "max_task_retries": 0}
@@ -137,7 +147,8 @@ class RayRuntime:
         self.sums_at_nodes = federated and (plan.kind == "pooled" or num_nodes > 1)
         where = "on this machine" if self.config.runtime.address is None else f"on {num_nodes} node(s)"
         threads = f"{self.config.runtime.torch_threads} torch thread(s) each"
-        self.placement = [*plan.lines, f"actors {run}/... {where}, {threads}"]
+        largest = max(held.private_bytes for held in self.pool) / 1e6
+        self.placement = [*plan.lines, f"actors {run}/... {where}, {threads}, {largest:.0f} MB before their clients"]
         self._hand_out()
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
@@ -275,7 +286,7 @@ class RayRuntime:
         what = "starting (waiting for free CPUs, GPUs and a process)"
         places = {call.actor: place for call, place in self._each_actor(what, lambda held: held.actor.start.remote())}
         for held in self.pool:
-            held.node, held.node_id, held.pid = places[held.name]
+            held.node, held.node_id, held.pid, held.private_bytes = places[held.name]
         if self.server is not None:
             self.server_node, self.server_pid = self._await_server(self.server.start.remote(), what)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from fedsim.config import Config
 
+STEP_ROWS = 16  # scoring so many rows costs as much as an optimizer step on one
+
 
 @dataclass(frozen=True)
 class ClientSize:
@@ -17,6 +19,23 @@ class ClientSize:
 
     num_entities: int
     num_triples: int
+
+
+def predicted_work(config: Config, size: ClientSize) -> float:
+    """Predict a client's work in a round: scores of its queries, and updates of its entity table, in rows of `dim`.
+
+    Batches are dealt to actors by this; their measured seconds correct it.
+    """
+    training = config.training
+    steps = -(-size.num_triples // training.batch_size)
+    candidates = size.num_entities if training.loss == "one_vs_all" else training.num_negatives
+    scored = size.num_triples * candidates
+    return float(max(training.local_epochs, 1) * (scored + STEP_ROWS * steps * size.num_entities))
+
+
+def state_bytes(config: Config, size: ClientSize, num_views: int) -> float:
+    """Predict the bytes of what a client keeps: its entity table and the optimizer's two means of it, per view."""
+    return 3.0 * 4 * config.model.dim * size.num_entities * num_views
 
 
 def plan_batches(config: Config, sizes: Mapping[int, ClientSize]) -> tuple[tuple[int, ...], ...]:

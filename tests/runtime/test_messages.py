@@ -69,7 +69,7 @@ FIELDS: dict[type, dict[str, str]] = {
     TokenSample: {"entity_ids": "Tensor", "tokens": "dict[str, Tensor]", "names": "tuple[str, ...]"},
 }
 CLIENT_ACTOR_RETURNS = {
-    "start": "tuple[str, str, int]",
+    "start": "tuple[str, str, int, float]",
     "add_clients": "None",
     "hello": "list[ClientHello]",
     "join": "None",

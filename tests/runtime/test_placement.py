@@ -1,7 +1,9 @@
 """Placement: what is chosen for which cluster, and what is said when it does not fit."""
 
+import numpy as np
 import pytest
 
+from actors.cluster import available_memory, private_memory
 from actors.placement import NodeResources, deal, plan_placement
 from fedsim.config import RuntimeConfig
 from fedsim.errors import RunError
@@ -36,7 +38,8 @@ def test_auto_pools_what_does_not_fit(node: NodeResources, why: str) -> None:
     assert plan.kind == "pooled", why
     assert len(plan.groups) == 3
     assert sorted(client for group in plan.groups for (client,) in group) == list(range(300))
-    assert plan.lines[1] == "placement auto: room for 3 client actors, not for 300"
+    resource = why.split(":")[0].replace("cpus", "CPUs").replace("memory", "GB of memory")
+    assert plan.lines[1].startswith(f"placement auto: room for 3 client actors, not for 300 (limit: {resource}); ")
 
 
 def test_a_share_of_a_gpu_lies_on_one_gpu() -> None:
@@ -95,4 +98,21 @@ def test_auto_pools_clients_that_train_together() -> None:
     plan = plan_placement(RuntimeConfig(), work, [node], node, with_server=True)
     assert plan.kind == "pooled"
     assert plan.groups == (((0, 2),), ((1, 3),))
-    assert plan.lines[1] == "placement auto: 4 clients train together in 2 batches"
+    assert plan.lines[1].startswith("placement auto: 4 clients train together in 2 batches; 100.0 GB of memory free")
+
+
+def test_the_clients_state_leaves_less_memory_for_actors() -> None:
+    """Of 2 GB, 1.25 GB are the clients': 0.75 GB carry three processes, one of them the server."""
+    node = NodeResources(64, 0, 2 * GB)
+    work = {(client,): 1.0 for client in range(50)}
+    plan = plan_placement(RuntimeConfig(), work, [node], node, with_server=True, state_bytes=1.25 * GB)
+    assert len(plan.groups) == 2
+    assert plan.lines[1].endswith("2.0 GB of memory free, 1.2 GB of it for the clients' state")
+
+
+def test_memory_is_measured() -> None:
+    free, mine = available_memory(), private_memory()
+    assert free is not None
+    assert 1e6 < mine < 1e12
+    block = np.ones(40_000_000, dtype=np.uint8)
+    assert private_memory() > mine + 0.9 * block.nbytes

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.config import make_config
-from fedsim.federated.batches import ClientSize, plan_batches
+from fedsim.federated.batches import ClientSize, plan_batches, predicted_work, state_bytes
 
 SIZES = {0: ClientSize(10, 90), 1: ClientSize(500, 900), 2: ClientSize(11, 80), 3: ClientSize(480, 900)}
 
@@ -34,3 +34,19 @@ def test_every_client_is_in_one_batch_whatever_the_order(sizes: dict[int, Client
     assert sorted(client for batch in batches for client in batch) == sorted(sizes)
     assert max(map(len, batches)) <= limit
     assert batches == _batches(dict(reversed(sizes.items())), clients_per_batch=limit)
+
+
+def test_work_by_hand() -> None:
+    """Two epochs of 90 triples in 3 steps of 32: against all 10 entities 2 * (900 + 16 * 3 * 10) = 2760 rows.
+
+    With 4 negatives, 2 * (360 + 480) = 1680. An untrained client still costs its messages.
+    """
+    tree = {"training": {"batch_size": 32, "local_epochs": 2, "num_negatives": 4}}
+    assert predicted_work(make_config(tree), SIZES[0]) == 2760.0
+    assert predicted_work(make_config(tree, {"training.loss": "self_adversarial"}), SIZES[0]) == 1680.0
+    assert predicted_work(make_config(tree, {"training.local_epochs": 0}), SIZES[0]) == 1380.0
+
+
+def test_state_by_hand() -> None:
+    """Ten rows of 8 floats, three times, in two views: 10 * 8 * 4 * 3 * 2 bytes."""
+    assert state_bytes(make_config({"model": {"dim": 8}}), SIZES[0], 2) == 1920.0
