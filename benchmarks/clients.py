@@ -6,7 +6,9 @@
 The job: TransE, 2000 entities x 128 (a model of 1 MB), 300 triples per client, one local epoch of 3 steps with 32
 negatives, Adam, all clients in every round, federated averaging, 2 workers of 1 thread. The peers share their
 arithmetic (`transe_job.py`); fedsim runs by its command line. All are run one after the other, again and again, so
-that a busy machine is busy for all. The seconds of a round are those between its line of output and the one before:
+that a busy machine is busy for all, and once before, unmeasured, so that files are read and Python's modules compiled.
+CPU s are processor seconds of all processes together, of the cheapest round and until the first round ends: they tell
+more than seconds do on a busy machine. The seconds of a round are those between its line of output and the one before:
 the first round shows in the time from the command to its end.
 
 Two kinds of rows: Flower, and Ray and the loop in their plain form, train and send the whole table of each client, as
@@ -60,7 +62,9 @@ class Found:
     """What was measured of a contestant at one number of clients."""
 
     round_seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)
+    first_cpu_seconds: list[float] = field(default_factory=list)
     peak: Memory | None = None
     failure: str | None = None
 
@@ -155,28 +159,33 @@ def measure(
                 if sampling:
                     entry.peak = seen.peak
                     continue
-                seconds = seen.round_seconds[:-1] if contestant.program == "fedsim" else seen.round_seconds
+                last = -1 if contestant.program == "fedsim" else None
+                seconds = seen.round_seconds[:last]
                 entry.round_seconds += seconds
+                entry.cpu_seconds += seen.round_cpu_seconds[:last]
+                entry.first_cpu_seconds.append(seen.cpu_ends[0])
                 entry.first_seconds.append(seen.round_ends[0])
                 sheet.progress(
                     f"{num_clients} clients, {contestant.name}: {', '.join(f'{value:.2f}' for value in seconds)} s, "
-                    f"first round after {seen.round_ends[0]:.1f} s"
+                    f"first round after {seen.round_ends[0]:.1f} s ({seen.cpu_ends[0]:.1f} CPU s)"
                 )
     return found
 
 
 def show(title: str, table: Results, sheet: Sheet) -> None:
     """Print seconds per round, per client, until the first round ends, and memory."""
-    columns = ("job", "clients", "s/round min", "median", "ms/client", "first round, s", "peak MB", "processes")
+    columns = ("job", "clients", "s/round min", "median", "CPU s", "ms/client", "first round, s", "CPU s", "peak MB")
     rows = []
     for (contestant, num_clients), found in table.items():
         if found.failure is not None or not found.round_seconds:
-            rows.append([contestant.name, str(num_clients), *["-"] * 6])
+            rows.append([contestant.name, str(num_clients), *["-"] * 7])
             continue
-        seconds, first = found.round_seconds, min(found.first_seconds)
-        cells = [f"{min(seconds):.3f}", f"{statistics.median(seconds):.3f}", f"{1e3 * min(seconds) / num_clients:.2f}"]
-        memory = [megabytes(found.peak.total_bytes), str(found.peak.num_processes)] if found.peak else ["-", "-"]
-        rows.append([contestant.name, str(num_clients), *cells, f"{first:.1f}", *memory])
+        seconds, cpu = found.round_seconds, min(found.cpu_seconds)
+        times = [f"{min(seconds):.3f}", f"{statistics.median(seconds):.3f}", f"{cpu:.2f}"]
+        times += [f"{1e3 * min(seconds) / num_clients:.2f}"]
+        first = [f"{min(found.first_seconds):.1f}", f"{min(found.first_cpu_seconds):.1f}"]
+        memory = megabytes(found.peak.total_bytes) if found.peak else "-"
+        rows.append([contestant.name, str(num_clients), *times, *first, memory])
     sheet.table(title, columns, rows)
 
 
@@ -243,6 +252,9 @@ def main(
         if reason is not None:
             sheet.say(f"Flower is left out: {reason}")
             chosen.remove("flower")
+    sheet.progress("once each, unmeasured")
+    first = [next(job for job in TRAIN if job.program == program) for program in sorted(chosen)]
+    measure(first, 10, 0, 1, flower_venv, sheet)
     table: Results = {}
     for size in sizes or (10, 50, 100, 300, 1000):
         jobs = [job for job in (*TRAIN, *NO_OP) if job.program in chosen and (job.no_op or size < 1000)]

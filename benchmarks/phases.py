@@ -30,6 +30,7 @@ from typing import Any
 import click
 import ray
 import stack_sampler
+from process_tree import PYTHON
 from tables import Sheet
 
 import fedsim
@@ -278,7 +279,7 @@ def main(
     output: Path | None,
 ) -> None:
     """Divide a round's time, and compare the imputers."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update({"OMP_NUM_THREADS": "1", **PYTHON})
     sheet = Sheet("Where a round goes", output)
     if part != "hide":
         measure_phases(data, clients, rounds, sheet)

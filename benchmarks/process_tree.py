@@ -13,11 +13,16 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
 ROUND_LINE = re.compile(r"^round\s+(\d+)/\d+\b")  # as `fedsim run` and the peers' scripts write it
+
+# Compiled modules are kept, as Python does by default: without them every process of a run compiles torch and Ray anew.
+PYTHON = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,23 @@ class Watched:
 
     Attributes:
         round_ends: seconds from the command to the end of each round.
+        cpu_ends: processor seconds that all processes together had taken by then.
         peak: memory at its highest sample; None if it was not measured.
     """
 
     round_ends: list[float]
+    cpu_ends: list[float]
     peak: Memory | None
 
     @property
     def round_seconds(self) -> list[float]:
         """Seconds of each round but the first, whose start is not seen."""
-        return [end - start for start, end in zip(self.round_ends, self.round_ends[1:], strict=False)]
+        return [end - start for start, end in pairwise(self.round_ends)]
+
+    @property
+    def round_cpu_seconds(self) -> list[float]:
+        """Processor seconds of each round but the first: they depend less on what else the machine does."""
+        return [end - start for start, end in pairwise(self.cpu_ends)]
 
 
 class ProcessTree:
@@ -55,7 +67,7 @@ class ProcessTree:
 
     def refresh(self) -> list[int]:
         """Look for new children, forget those that ended; returns process ids."""
-        parents = dict(_parents())
+        parents = {pid: fields.parent for pid, fields in _processes().items()}
         before = -1
         while len(self.pids) != before:
             before = len(self.pids)
@@ -71,6 +83,11 @@ class ProcessTree:
             kind = _kind(pid)
             parts[kind] = parts.get(kind, 0) + pss_bytes(pid)
         return Memory(sum(parts.values()), parts, len(pids))
+
+    def cpu_seconds(self) -> float:
+        """Sum the processor time of all processes, and of their children that have ended."""
+        self.refresh()
+        return sum(fields.cpu_seconds for pid, fields in _processes().items() if pid in self.pids)
 
     def num_open_files(self) -> int:
         """Count the open file handles of all processes."""
@@ -124,7 +141,7 @@ def watch(
     started = time.perf_counter()
     process = subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        env={**os.environ, **PYTHON, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -135,6 +152,7 @@ def watch(
     late = threading.Timer(timeout_seconds, tree.end)
     late.start()
     ends: list[float] = []
+    cpu_ends: list[float] = []
     last: deque[str] = deque(maxlen=25)
     try:
         if memory:
@@ -143,6 +161,7 @@ def watch(
         for line in process.stdout:
             if ROUND_LINE.match(line):
                 ends.append(time.perf_counter() - started)
+                cpu_ends.append(tree.cpu_seconds())
             last.append(line.rstrip())
         code = process.wait()
     finally:
@@ -154,7 +173,7 @@ def watch(
     if code != 0 or not ends:
         after = f"after {time.perf_counter() - started:.0f} s: exit code {code}, {len(ends)} rounds"
         raise click.ClickException(f"{' '.join(command[:4])} ... failed {after}; its last lines:\n" + "\n".join(last))
-    return Watched(ends, sampler.peak if memory else None)
+    return Watched(ends, cpu_ends, sampler.peak if memory else None)
 
 
 def pss_bytes(pid: int) -> int:
@@ -168,16 +187,23 @@ def pss_bytes(pid: int) -> int:
     return 0
 
 
-def _parents() -> list[tuple[int, int]]:
-    found = []
+class _Fields(NamedTuple):
+    """What /proc/<pid>/stat says of a process."""
+
+    parent: int
+    cpu_seconds: float
+
+
+def _processes() -> dict[int, _Fields]:
+    found = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                # The name stands in parentheses and may hold spaces.
-                fields = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+                text = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            found.append((int(entry), int(fields.split()[1])))
+            fields = text.rpartition(")")[2].split()  # the name before it may hold spaces
+            found[int(entry)] = _Fields(int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK"))
     return found
 
 

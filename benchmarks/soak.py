@@ -22,7 +22,7 @@ import click
 import numpy as np
 import ray
 from job_data import make_data
-from process_tree import ProcessTree
+from process_tree import PYTHON, ProcessTree
 from tables import Sheet
 
 import fedsim
@@ -147,7 +147,7 @@ def main(rounds: int, clients: int, triples: int, warm_up: int, output: Path | N
         raise click.ClickException(
             f"{rounds} rounds, {warm_up} of them warm-up, are too few: give {2 * NUM_BLOCKS} more"
         )
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update({"OMP_NUM_THREADS": "1", **PYTHON})
     sheet = Sheet(f"Soak: {rounds} rounds of {clients} clients", output)
     with tempfile.TemporaryDirectory(prefix="fedsim-soak-") as name:
         data = make_data(Path(name) / "job", clients, triples)
