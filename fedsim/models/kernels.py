@@ -103,38 +103,38 @@ def _flatten(query: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor,
 
 
 class _DotRows(torch.autograd.Function):
-    """All three products are weighted sums of rows, for which `embedding_bag` is the fused kernel."""
+    """Dot products of each query with its own rows.
+
+    All three products are weighted sums of rows, for which `embedding_bag` is the fused kernel, or their gradient. The
+    products themselves are the gradient that the weights of such a sum have; they are computed in the order of the
+    rows, see `_DistanceRows`.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """Compute the dot products, [num_queries, num]."""
-        ctx.save_for_backward(query, table, ids)
+        order, rows, users = _in_order(ids, table)
+        ctx.save_for_backward(query, table, ids, order, users)
         if not ids.numel():
             return query.new_zeros(ids.shape)
-        # The products are the gradient that the weights of a weighted sum have.
         starts = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
-        users = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
-        products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            query, table, ids.flatten(), starts, users, 0
-        )
-        return products.view(ids.shape)
+        in_order = torch.ops.aten._embedding_bag_per_sample_weights_backward(query, table, rows, starts, users, 0)
+        return torch.empty_like(in_order).scatter_(0, order, in_order).view(ids.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Compute the gradients of the query, [num_queries, dim], and of the table, [num_rows, dim]."""
-        query, table, ids = ctx.saved_tensors
+        query, table, ids, order, users = ctx.saved_tensors
         query_grad = table_grad = None
         if not ids.numel():
             return torch.zeros_like(query), torch.zeros_like(table), None
         if ctx.needs_input_grad[0]:
             query_grad = functional.embedding_bag(ids, table, mode="sum", per_sample_weights=grad.contiguous())
         if ctx.needs_input_grad[1]:
-            order = _order(ids, table)
             counts = ids.flatten().bincount(minlength=table.shape[0])
             starts = counts.cumsum(0) - counts
             weights = grad.flatten().index_select(0, order)
-            users = order // ids.shape[1]  # the queries that a row was compared with
             table_grad = functional.embedding_bag(users, query, starts, mode="sum", per_sample_weights=weights)
         return query_grad, table_grad, None
 
@@ -149,9 +149,7 @@ class _DistanceRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, table: Tensor, ids: Tensor, norm: Norm) -> Tensor:
         """Compute the distances, [num_queries, num]."""
-        order = _order(ids, table)
-        rows = ids.flatten().index_select(0, order)
-        users = order // max(ids.shape[1], 1)  # the query of each pair
+        order, rows, users = _in_order(ids, table)
         ctx.save_for_backward(query, table, rows, users, order)
         ctx.norm = norm
         in_order = query.new_empty(rows.shape)
@@ -199,10 +197,16 @@ class _Distance(torch.autograd.Function):
         return *grads, None
 
 
-def _order(ids: Tensor, table: Tensor) -> Tensor:
-    """Return the order that sorts all ids, rows of the table: int64 [ids.numel()]; the first of equals comes first."""
-    narrow = ids.flatten().int() if table.shape[0] < 1 << 31 else ids.flatten()  # sorts twice as fast
-    return narrow.sort(stable=True).indices
+def _in_order(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort all pairs of a query and a row of the table by the row; the first of equals stays the first.
+
+    Returns:
+        The order, the rows and the queries of the pairs, int64 [ids.numel()] each.
+    """
+    flat = ids.flatten()
+    narrow = flat.int() if table.shape[0] < 1 << 31 else flat  # sorts twice as fast
+    order = narrow.sort(stable=True).indices
+    return order, flat.index_select(0, order), order // max(ids.shape[1], 1)
 
 
 def _add_rows(table: Tensor, ids: Tensor, values: Tensor) -> None:
