@@ -24,6 +24,7 @@ from fedsim.federated.client_batch import evaluate_clients, train_clients
 from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import client_device, make_client
+from fedsim.models.parameters import Params
 from fedsim.process import settle_process
 
 
@@ -140,6 +141,18 @@ class _ClientActor:
     def load(self, clients: Sequence[int], folder: Path) -> None:
         """Read the file of a batch of clients of a checkpoint."""
         for client, state in load_clients(clients, folder).items():
+            self.clients[client].load_state(state)
+
+    @ray.method(num_returns=2)
+    def release(self, clients: Sequence[int]) -> tuple[dict[int, Params], int]:
+        """Let go of a batch of clients: their state, for the actor that adopts them alone, and their number."""
+        held = {client: self.clients.pop(client) for client in clients}
+        return {number: client.state() for number, client in held.items()}, len(held)
+
+    @ray.method
+    def adopt(self, states: dict[int, Params]) -> None:
+        """Restore the state of clients that come from another actor; their data was added before."""
+        for client, state in states.items():
             self.clients[client].load_state(state)
 
     def _train(

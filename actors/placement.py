@@ -10,6 +10,7 @@ from fedsim.errors import RunError
 
 ACTOR_BYTES = 250_000_000  # private memory of a process that has imported torch, measured on Linux
 Batch: TypeAlias = tuple[int, ...]
+IMBALANCE = 0.15  # of the busiest actor above the mean that is left as it is: a move costs about as much
 EPSILON = 1e-6  # shares such as 0.1 are not exact in binary
 
 
@@ -108,6 +109,44 @@ def deal(work: Mapping[Batch, float], num_actors: int) -> tuple[tuple[Batch, ...
         groups[target].append(batch)
         load[target] += max(work[batch], 1.0)
     return tuple(tuple(group) for group in groups)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A batch of clients that goes from one actor to another; actors are positions in the pool."""
+
+    batch: Batch
+    source: int
+    target: int
+
+
+def rebalance(groups: Sequence[Sequence[Batch]], seconds: Mapping[Batch, float]) -> list[Move]:
+    """Choose batches to move until the busiest actor is near the mean, or no move helps.
+
+    Args:
+        groups: the batches of each actor.
+        seconds: of each batch in a round, as measured.
+
+    Returns:
+        The moves; none as long as the busiest actor is within `IMBALANCE` of the mean.
+    """
+    held = [list(group) for group in groups]
+    load = [sum(seconds[batch] for batch in group) for group in held]
+    moves: list[Move] = []
+    bound = (1 + IMBALANCE) * sum(load) / len(load)
+    while max(load) > bound and len(moves) < len(seconds):
+        source, target = load.index(max(load)), load.index(min(load))
+        gap = load[source] - load[target]
+        # Half of the gap would make both alike; more than the gap would make it worse.
+        batch = min(held[source], key=lambda batch: (abs(seconds[batch] - gap / 2), batch))
+        if not 0 < seconds[batch] < (1 - IMBALANCE) * gap:
+            break
+        held[source].remove(batch)
+        held[target].append(batch)
+        load[source] -= seconds[batch]
+        load[target] += seconds[batch]
+        moves.append(Move(batch, source, target))
+    return moves
 
 
 def _plan(

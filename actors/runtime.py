@@ -21,7 +21,7 @@ from ray.actor import ActorHandle, ActorProxy
 from actors.calls import Call, collect, result_of
 from actors.client import ClientActor, _ClientActor
 from actors.cluster import connect, settled_resources, with_measured_memory
-from actors.placement import Batch, plan_placement
+from actors.placement import Batch, plan_placement, rebalance
 from actors.server import ServerActor, _ServerActor
 from fedsim.data.clients import shared_matrices, without_matrices
 from fedsim.evaluation.consistency import semantic_consistency, shared_entities
@@ -39,6 +39,7 @@ from fedsim.federated.runtime import (
     phase_seconds,
     sampled,
 )
+from fedsim.models.parameters import Params
 from fedsim.process import pin_threads
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ PARTS = (
     "the share of the GPU of actor %s ran out of memory, %s: of %d clients of a batch it trains %d at once from now "
     "on, which changes the last digits; lower runtime.clients_per_batch or raise runtime.gpus_per_client to avoid it"
 )
+BALANCE_ROUNDS = 5  # between two looks at how evenly the actors are busy
 MAX_NAMED = 8  # clients of a batch that a message names
 
 _run_numbers = itertools.count(1)  # a name is free again only some time after its actor ended
@@ -106,6 +108,9 @@ class RayRuntime:
         self.pool: list[_Held] = []
         self.server: ActorProxy[_ServerActor] | None = None
         self.server_name, self.server_node, self.server_pid = "", "not known yet", 0
+        self.give: Callable[[_Held, Sequence[int]], ObjectRef[None]]
+        self.measured: dict[int, float] = {}  # client -> seconds of its last training
+        self.rounds_since_balance = 0
         self.at_once: dict[str, int] = {}  # actor -> clients that its GPU's memory was said to hold
         self.sums_at_nodes = False  # whether actors send partial sums, or each client's update
 
@@ -154,12 +159,15 @@ class RayRuntime:
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
         """Train the cohort; what the clients send goes to the server, one by one or as sums."""
         started = time.perf_counter()
+        self._balance()
         broadcast = self._begin_round(self.server, round_num) if self.server is not None else None
         if self.server is not None and self.sums_at_nodes:
             reports = self._train_and_sum(self.server, round_num, cohort, broadcast)
         else:
             reports = self._train_and_send(round_num, cohort, broadcast)
         reports.sort(key=lambda report: report.client)
+        self.measured |= {report.client: report.seconds for report in reports}
+        self.rounds_since_balance += 1
         elapsed = time.perf_counter() - started
         if self.server is None:
             return RoundResult(reports, None, {"train": elapsed})
@@ -275,6 +283,41 @@ class RayRuntime:
             self._await_server(server.merge.remote(partial_sums), what)
         return reports
 
+    def _balance(self) -> None:
+        """Move batches from actors that took long to others, by the seconds of the last rounds."""
+        if self.rounds_since_balance < BALANCE_ROUNDS or len(self.measured) < len(self.experiment.clients):
+            return  # with few measurements, noise would move them
+        self.rounds_since_balance = 0
+        seconds = {
+            batch: sum(self.measured[client] for client in batch) for held in self.pool for batch in held.batches
+        }
+        for move in rebalance([held.batches for held in self.pool], seconds):
+            self._move(move.batch, self.pool[move.source], self.pool[move.target])
+            logger.info(
+                "%s moved from %s to %s, %.3g s of a round",
+                _names(move.batch),
+                self.pool[move.source].name,
+                self.pool[move.target].name,
+                seconds[move.batch],
+            )
+
+    def _move(self, batch: Batch, source: _Held, target: _Held) -> None:
+        """Let another actor hold a batch; its state goes there from actor to actor."""
+        what = f"moving to actor {target.name}"
+        list(self._each_actor(what, lambda held: self.give(held, batch), [target]))
+        states: list[ObjectRef[dict[int, Params]]] = []
+
+        def release(held: _Held) -> "ObjectRef[int]":
+            pair: Any = held.actor.release.remote(batch)
+            state, number = pair
+            states.append(state)
+            return cast("ObjectRef[int]", number)
+
+        list(self._each_actor(what, release, [source]))
+        list(self._each_actor(what, lambda held: held.actor.adopt.remote(states[0]), [target]))
+        source.batches = tuple(other for other in source.batches if other != batch)
+        target.batches = (*target.batches, batch)
+
     def _say_parts(self, call: Call[Any], at_once: int) -> None:
         """Say once per actor and size that a GPU's memory holds fewer clients at once than a batch has."""
         if at_once < min(len(call.clients), self.at_once.get(call.actor, len(call.clients))):
@@ -296,12 +339,13 @@ class RayRuntime:
         matrices = [ray.put(matrix) for matrix in shared.values()]
         data_of = {data.client: without_matrices(data, shared) for data in self.experiment.clients}
 
-        def give(held: _Held) -> "ObjectRef[None]":
-            data = ray.put([data_of[client] for client in held.clients])
+        def give(held: _Held, clients: Sequence[int]) -> "ObjectRef[None]":
+            data = ray.put([data_of[client] for client in clients])
             given: ObjectRef[None] = held.actor.add_clients.remote(data, list(shared), *cast(Any, matrices))
             return given
 
-        list(self._each_actor("start", give))
+        self.give = give
+        list(self._each_actor("start", lambda held: give(held, held.clients)))
         server = self.server
         if server is not None:
             list(self._each_actor("hello", lambda held: server.register.remote(held.actor.hello.remote())))

@@ -1,13 +1,15 @@
 """The same bits in one process and on Ray, whatever the number of actors, and in any order of arrival."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import actors.runtime
+from actors.placement import Move
 from actors.runtime import ray_runtime
 from builders import write_tiny_dataset
 from fedsim import simulation
@@ -109,6 +111,27 @@ def test_ray_ends_with_the_bits_of_one_process(
     # Dedicated clients train one by one; else config and sizes decide who shares a batch.
     alone = {"runtime__clients_per_batch": 1} if placement["placement"] == "dedicated" else {}
     assert outcome(tmp_path / "ray") == in_process(**changes, **alone)
+
+
+def test_clients_that_move_between_actors_change_no_bit(
+    dataset: Path, in_process: Outcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each round but the first, the first batch of an actor goes to the other, back and forth."""
+    moved: list[Move] = []
+
+    def shuttle(groups: Sequence[Sequence[tuple[int, ...]]], seconds: Mapping[tuple[int, ...], float]) -> list[Move]:
+        assert sorted(seconds) == sorted(batch for group in groups for batch in group)
+        source = len(moved) % 2
+        moved.append(Move(groups[source][0], source, 1 - source))
+        return moved[-1:]
+
+    monkeypatch.setattr(actors.runtime, "rebalance", shuttle)
+    monkeypatch.setattr(actors.runtime, "BALANCE_ROUNDS", 1)
+    changes = {"data__num_clients": 5, "runtime__clients_per_batch": 2}
+    config = small_config(dataset, tmp_path / "ray", **changes, runtime__placement="pooled", runtime__num_actors=2)
+    simulation.run(config, ray_runtime)
+    assert len(moved) == 2
+    assert outcome(tmp_path / "ray") == in_process(**changes)
 
 
 def test_the_comparison_sees_a_difference(in_process: Outcomes) -> None:

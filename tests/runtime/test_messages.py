@@ -76,6 +76,8 @@ CLIENT_ACTOR_RETURNS = {
     "train": "tuple[list[ClientUpdate], tuple[list[ClientReport], int]]",
     "train_and_sum": "tuple[list[ClientReport], int]",
     "sum_up": "tuple[PartialSums, int]",
+    "release": "tuple[dict[int, dict[str, Tensor]], int]",  # to `adopt` of another actor alone: nothing else takes it
+    "adopt": "None",
     "evaluate": "list[list[ClientEvaluation]]",
     "measure": "list[tuple[dict[str, float], TokenSample]]",
     "save": "None",

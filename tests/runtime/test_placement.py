@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.cluster import available_memory, private_memory
-from actors.placement import NodeResources, deal, plan_placement
+from actors.placement import Move, NodeResources, deal, plan_placement, rebalance
 from fedsim.config import RuntimeConfig
 from fedsim.errors import RunError
 
@@ -99,6 +101,36 @@ def test_auto_pools_clients_that_train_together() -> None:
     assert plan.kind == "pooled"
     assert plan.groups == (((0, 2),), ((1, 3),))
     assert plan.lines[1].startswith("placement auto: 4 clients train together in 2 batches; 100.0 GB of memory free")
+
+
+def test_batches_move_from_the_busiest_actor_to_the_idlest() -> None:
+    """10 s against 2 s: the batch of 4 s, half of the gap, makes it 6 and 6. Even actors are left alone."""
+    seconds = {(0,): 5.0, (1, 2): 4.0, (3,): 1.0, (4,): 2.0}
+    groups = [[(0,), (1, 2), (3,)], [(4,)]]
+    assert rebalance(groups, seconds) == [Move((1, 2), 0, 1)]
+    assert rebalance([[(0,), (3,)], [(1, 2), (4,)]], seconds) == []
+
+
+def test_a_batch_that_fills_an_actor_alone_stays() -> None:
+    assert rebalance([[(0,)], []], {(0,): 10.0}) == []
+    assert rebalance([[(0,)], [(1,)]], {(0,): 10.0, (1,): 1.0}) == []
+
+
+@given(
+    seconds=st.lists(st.floats(0, 100), min_size=1, max_size=12),
+    actors=st.lists(st.integers(0, 3), min_size=12, max_size=12),
+)
+def test_moves_never_make_the_busiest_actor_busier(seconds: list[float], actors: list[int]) -> None:
+    groups: list[list[tuple[int, ...]]] = [[] for _ in range(4)]
+    for client, actor in zip(range(len(seconds)), actors, strict=False):
+        groups[actor].append((client,))
+    measured = {(client,): value for client, value in enumerate(seconds)}
+    before = max(sum(measured[batch] for batch in group) for group in groups)
+    for move in rebalance(groups, measured):
+        groups[move.source].remove(move.batch)
+        groups[move.target].append(move.batch)
+    assert max(sum(measured[batch] for batch in group) for group in groups) <= before + 1e-9
+    assert sorted(batch for group in groups for batch in group) == sorted(measured)
 
 
 def test_the_clients_state_leaves_less_memory_for_actors() -> None:
