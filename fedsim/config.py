@@ -74,6 +74,7 @@ class DiffusionConfig(Section):
     prediction: Literal["x0", "epsilon"] = Field("x0", description="what the denoiser predicts")
     sampling_steps: Count = Field(4, description="S <= K, DDIM steps of an imputation")
     num_draws: Count = Field(2, description="imputations averaged; their variance goes to the gate")
+    impute_each: Literal["epoch", "round"] = Field("epoch", description="sample anew each local epoch, or once a round")
     hidden: Count = Field(128, description="width of the denoiser")
     num_blocks: Count = Field(2, description="residual blocks of the denoiser")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.995, description="EMA of the denoiser, warmed up")
@@ -113,9 +114,6 @@ class TrainingConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of one_vs_all")
     n3_weight: Weight = Field(0.0, description="weight of the N3 regulariser")
     num_negatives: Count = Field(256, description="negatives per triple of self_adversarial")
-    negatives: Literal["per_triple", "shared"] = Field(
-        "per_triple", description="negatives of self_adversarial: of each query, or one set for a client's whole batch"
-    )
     negatives: Literal["per_triple", "shared"] = Field(
         "per_triple", description="negatives of self_adversarial: of each query, or one set for a client's whole batch"
     )

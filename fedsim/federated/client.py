@@ -190,7 +190,7 @@ class Client:
             imputation = self._imputation(view, round_num)
             if imputation is None:
                 return tokens.values, tokens.available
-            return torch.where(tokens.available.unsqueeze(-1), tokens.values, imputation.values), tokens.available
+            return tokens.values + imputation.values, tokens.available
 
     def project(self, view: str, modality: str, values: Tensor) -> Tensor:
         """Project features by a view's projection, [num_rows, feature_dim] -> [num_rows, dim] (instruments only)."""
@@ -232,7 +232,8 @@ class Client:
         return select_view(self.values.params, view) | select_view(self.values.ema, view)
 
     def _inputs(self) -> TrainingInput:
-        return TrainingInput(self.triples, EntityInput(self.available, self.features, self.prototypes))
+        prototypes = self.prototypes.with_structure() if self.prototypes is not None else None
+        return TrainingInput(self.triples, EntityInput(self.available, self.features, prototypes))
 
     def _init_view(self, view: str) -> None:
         """Start a view from this client's own draws (training without federation)."""

@@ -60,7 +60,7 @@ def distil_global_model(
     if model.imputes:
         imputation = model.imputer.impute(
             state.modules, tuples, model.imputer.draw_imputation(tuples.available, generator)
-        )
+        ).of_missing(tuples.available)
     optimizer: Params = {}
     sums: dict[str, float] = {}
     for _ in range(settings.server_steps):

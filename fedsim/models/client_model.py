@@ -41,12 +41,19 @@ class Prototypes:
     """The server's prototypes for a client's entities, its own contribution taken out (eq. 11).
 
     Attributes:
-        values: [num_modalities, num_entities, dim].
-        present: bool [num_modalities, num_entities].
+        values: [num_modalities, num_entities, dim], or [num_tokens, ...]; zero where there is none.
+        present: bool [num_modalities, num_entities], or [num_tokens, ...].
     """
 
     values: Tensor
     present: Tensor
+
+    def with_structure(self) -> "Prototypes":
+        """Put the structure token, which has no prototype, before those of the modalities."""
+        return Prototypes(
+            torch.cat([torch.zeros_like(self.values[:1]), self.values]),
+            torch.cat([torch.zeros_like(self.present[:1]), self.present]),
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class EntityInput:
     Attributes:
         available: bool [num_tokens, num_entities], o_m(e); structure is always available.
         features: modality -> those of its features that the model may see.
-        prototypes: those of the server, or None before it sent any.
+        prototypes: those of the server, of all tokens; None before it sent any.
     """
 
     available: Tensor
@@ -143,13 +150,7 @@ class ClientModel:
         known = entities.prototypes
         if known is None:
             return TokenTable(values, entities.available)
-        # Structure has no prototype.
-        return TokenTable(
-            values,
-            entities.available,
-            torch.cat([torch.zeros_like(values[:1]), known.values]),
-            torch.cat([torch.zeros_like(entities.available[:1]), known.present]),
-        )
+        return TokenTable(values, entities.available, known.values, known.present)
 
     def embed(
         self,
@@ -170,10 +171,11 @@ class ClientModel:
         """
         if imputation is None:
             return tokens.values  # structure alone: nothing to fuse
-        filled = imputation.values
+        # Missing tokens are zero, and so is the imputation of available ones: adding needs no pass back.
+        complete = tokens.values + imputation.values
         if rows is not None and row_values is not None:
-            filled = filled.index_copy(1, rows, row_values)
-        complete = torch.where(tokens.available.unsqueeze(-1), tokens.values, filled)
+            change = (row_values - imputation.values[:, rows]) * ~tokens.available[:, rows].unsqueeze(-1)
+            complete = complete.index_add(1, rows, change)
         return self.fusion.fuse(params, complete, tokens.available.to(complete.dtype), imputation.uncertainty)
 
     def queries(

@@ -220,7 +220,8 @@ class ClientStack:
     def _impute(
         self, params: Mapping[str, Tensor], entities: EntityInput, hidden: Tensor | None, draws: Draws
     ) -> Imputation:
-        return self.model.imputer.impute(params, self.model.tokens(params, entities).without(hidden), draws)
+        tokens = self.model.tokens(params, entities).without(hidden)
+        return self.model.imputer.impute(params, tokens, draws).of_missing(tokens.available)
 
     def _embed(self, params: Mapping[str, Tensor], entities: EntityInput, imputation: Imputation | None) -> Tensor:
         return self.model.embed(params, self.model.tokens(params, entities), imputation)

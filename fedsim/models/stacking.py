@@ -124,8 +124,8 @@ def stack_entities(shape: StackShape, inputs: Sequence[EntityInput]) -> EntityIn
         empty = Prototypes(known.values[:, :0], known.present[:, :0])
         found = [item.prototypes or empty for item in inputs]
         prototypes = Prototypes(
-            pad_stack([item.values for item in found], (num_tokens - 1, num_rows, known.values.shape[-1])),
-            pad_stack([item.present for item in found], (num_tokens - 1, num_rows)),
+            pad_stack([item.values for item in found], (num_tokens, num_rows, known.values.shape[-1])),
+            pad_stack([item.present for item in found], (num_tokens, num_rows)),
         )
     return EntityInput(pad_stack([item.available for item in inputs], (num_tokens, num_rows)), features, prototypes)
 

@@ -110,8 +110,9 @@ def train_epochs(
     dropout = {view: [member.generator_of(f"dropout/{view}") for member in stack.members] for view in views}
     sums: dict[str, Tensor] = {}
     num_steps = torch.zeros(len(stack), dtype=torch.int64)
+    epoch: _Epoch | None = None
     for _ in range(model.config.training.local_epochs):
-        epoch = _start_epoch(stack, views, shuffles, noise)
+        epoch = _start_epoch(stack, views, shuffles, noise, epoch)
         for step in range(len(epoch.rows[0])):
             part = stack.first(epoch.num_active(step))
             batch = _draw_batch(part, epoch, step, shuffles, noise, dropout)
@@ -135,8 +136,9 @@ def _start_epoch(
     views: tuple[str, ...],
     shuffles: Sequence[torch.Generator],
     noise: Mapping[str, Sequence[torch.Generator]],
+    previous: _Epoch | None,
 ) -> _Epoch:
-    """Hide tokens, impute once, and shuffle the triples."""
+    """Hide tokens, impute (or keep the previous epoch's imputation), and shuffle the triples."""
     hidden = {
         view: [
             hide_tokens(stack.model, member.num_entities, draws)
@@ -144,7 +146,10 @@ def _start_epoch(
         ]
         for view in views
     }
-    imputations = {view: stack.impute(view, noise[view], hidden[view]) for view in views}
+    if previous is None or stack.model.imputer.each_epoch:
+        imputations = {view: stack.impute(view, noise[view], hidden[view]) for view in views}
+    else:
+        imputations = previous.imputations
     rows = [
         torch.randperm(len(member.inputs.triples), generator=shuffle).split(stack.model.config.training.batch_size)
         for member, shuffle in zip(stack.members, shuffles, strict=True)

@@ -93,7 +93,7 @@ def test_prototypes_stand_beside_the_modalities() -> None:
     model = _model()
     params = model.init_modules(generator()) | {"entity": model.init_entities(4, generator(1))}
     present = torch.tensor([[False] * 4, [True, False, False, False]])
-    table = model.tokens(params, _entities(model, Prototypes(torch.ones(2, 4, 8), present)))
+    table = model.tokens(params, _entities(model, Prototypes(torch.ones(2, 4, 8), present).with_structure()))
     assert table.has_prototype is not None
     assert table.prototypes is not None
     assert table.has_prototype.int().tolist() == [[0] * 4, [0] * 4, [1, 0, 0, 0]]
@@ -105,7 +105,7 @@ def test_embed_fills_only_what_is_missing() -> None:
     model = _model(**{"model.fusion": "split"})
     params = model.init_modules(generator()) | {"entity": model.init_entities(4, generator(1))}
     table = model.tokens(params, _entities(model))
-    imputation = Imputation(torch.full_like(table.values, 5.0), torch.zeros(3, 4))
+    imputation = Imputation(torch.full_like(table.values, 5.0), torch.zeros(3, 4)).of_missing(table.available)
     parts = model.embed(params, table, imputation)
     assert torch.equal(parts[table.available], table.values[table.available])
     assert bool((parts[~table.available] == 5.0).all())

@@ -32,7 +32,8 @@ class TokenTable:
         """Hide some more tokens: bool [num_tokens, num_entities]."""
         if hidden is None:
             return self
-        return replace(self, available=self.available & ~hidden)
+        available = self.available & ~hidden
+        return replace(self, values=self.values * available.unsqueeze(-1), available=available)
 
     def detached(self) -> "TokenTable":
         """Cut the gradient: the imputer learns on tokens that it does not move."""
@@ -53,12 +54,16 @@ class Imputation:
     """Values for the missing tokens.
 
     Attributes:
-        values: [num_tokens, num_entities, dim]; only the entries of missing tokens are used.
+        values: [num_tokens, num_entities, dim]; zero where a token is available, see `of_missing`.
         uncertainty: [num_tokens, num_entities], standard deviation of the draws, 0 where known or not estimated.
     """
 
     values: Tensor
     uncertainty: Tensor
+
+    def of_missing(self, available: Tensor) -> "Imputation":
+        """Keep the entries of missing tokens; `available` is bool [num_tokens, num_entities]."""
+        return replace(self, values=self.values.masked_fill(available.unsqueeze(-1), 0.0))
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,11 @@ class Imputer(Protocol):
     Attributes:
         hide_rate: share of the available modality tokens that training hides, anew each epoch, so that the other
             parts meet imputed tokens of entities whose true ones also shape the model.
+        each_epoch: whether each local epoch imputes anew; else the first one's imputation serves the whole round.
     """
 
     hide_rate: float
+    each_epoch: bool
 
     def __init__(self, config: Config, num_tokens: int) -> None:
         """Keep what the functions need; no parameters are held here."""
@@ -108,7 +115,10 @@ class Imputer(Protocol):
         ...
 
     def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, draws: Draws) -> Imputation:
-        """Fill the missing tokens without gradient; called once per local epoch and before an evaluation."""
+        """Fill the missing tokens without gradient; called once per local epoch (or round) and before an evaluation.
+
+        What it gives for available tokens is not used.
+        """
         ...
 
     def draw_step(self, available: Tensor, seen: Tensor, generator: torch.Generator) -> Draws:
@@ -145,6 +155,7 @@ class FixedImputer:
     """An imputer without parameters and without loss terms."""
 
     hide_rate = 0.0
+    each_epoch = True
 
     def __init__(self, config: Config, num_tokens: int) -> None:
         """Keep nothing."""

@@ -46,6 +46,15 @@ class Condition:
     modulation: Tensor  # [batch, num_blocks * 3 * hidden]
     start: Tensor | None  # [num_tokens, batch, dim], prototypes that a prediction of x_0 starts from
 
+    def repeat(self, num_times: int) -> "Condition":
+        """Repeat the batch, for several draws."""
+        return Condition(
+            self.tokens.repeat(1, num_times, 1),
+            self.hidden.repeat(num_times, 1),
+            self.modulation.repeat(num_times, 1),
+            None if self.start is None else self.start.repeat(1, num_times, 1),
+        )
+
 
 def init_denoiser(num_tokens: int, dim: int, hidden: int, num_blocks: int, generator: torch.Generator) -> Params:
     """Make the parameters, named ``imputer.*``."""

@@ -33,6 +33,7 @@ class DiffusionImputer:
         self.config = config.diffusion
         self.dim = config.model.dim
         self.hide_rate = self.config.hide_rate
+        self.each_epoch = self.config.impute_each == "epoch" or self.hide_rate > 0  # what is hidden changes by epoch
         self.prototype_weight = config.distillation.prototype
         self.num_tokens = num_tokens
         self.levels = signal_levels(self.config.schedule, self.config.steps)  # [steps + 1]
@@ -62,14 +63,9 @@ class DiffusionImputer:
     def _sample(self, params: Mapping[str, Tensor], tokens: TokenTable, noise: Tensor) -> Tensor:
         """Run the sampler from noise [num_tokens, num_draws, batch, dim]; result of the same shape."""
         num_tokens, num_draws, batch, dim = noise.shape
-        repeated = TokenTable(
-            tokens.values.repeat(1, num_draws, 1),
-            tokens.available.repeat(1, num_draws),
-            None if tokens.prototypes is None else tokens.prototypes.repeat(1, num_draws, 1),
-            None if tokens.has_prototype is None else tokens.has_prototype.repeat(1, num_draws),
-        )
-        condition = encode_condition(params, self._inputs(repeated, repeated.available, ~repeated.available))
-        free = (~repeated.available).unsqueeze(-1)  # the available tokens are re-inserted at every step
+        condition = encode_condition(params, self._inputs(tokens, tokens.available, ~tokens.available))
+        condition = condition.repeat(num_draws)
+        free = (~tokens.available).repeat(1, num_draws).unsqueeze(-1)  # the others are re-inserted at every step
         modulation = step_modulation(params, self.config.steps)
         levels = self.levels.to(tokens.values)
         clean = noise.reshape(num_tokens, num_draws * batch, dim)
