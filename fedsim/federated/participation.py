@@ -121,9 +121,8 @@ class Schedule:
         late = sorted(client for at, client in arrivals if at > deadline)
         dropped = sorted(client for _, client in in_time[self.size :])
         # The server goes on when the cohort is full or nobody is left to wait for, at the latest at the deadline.
-        waited = (
-            deadline if late and len(cohort) < self.size else max((at for at, _ in in_time[: self.size]), default=0)
-        )
+        last = max((at for at, _ in in_time[: self.size]), default=0.0)
+        waited = deadline if late and len(cohort) < self.size else last
         plan = RoundPlan(round_num, cohort, len(pool), len(picked), late, dropped, waited, before + waited)
         if len(cohort) >= settings.min_clients:
             return plan
@@ -133,11 +132,11 @@ class Schedule:
 
     def _shortage(self, config: Config, plan: RoundPlan) -> str:
         settings = config.participation
-        limit = f" than participation.deadline_seconds {settings.deadline_seconds:g}" if plan.late else ""
+        missed = f", {len(plan.late)} later than participation.deadline_seconds {settings.deadline_seconds}"
         num_in_time = plan.num_selected - len(plan.late)
         return (
             f"{num_in_time} client(s) would take part ({plan.num_available} of {len(self.clients)} available, "
-            f"{plan.num_selected} selected, {len(plan.late)} later{limit}), fewer than participation.min_clients "
+            f"{plan.num_selected} selected{missed if plan.late else ''}), fewer than participation.min_clients "
             f"{settings.min_clients}; raise the deadline, the availability or participation.over_selection, "
             f"or lower min_clients"
         )
