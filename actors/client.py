@@ -16,7 +16,7 @@ from actors.tensors import share_tensors
 from fedsim.checkpoint import load_clients, save_clients
 from fedsim.config import Config
 from fedsim.data.clients import ClientData, with_matrices
-from fedsim.evaluation.consistency import TokenSample, sample_tokens
+from fedsim.evaluation.consistency import ConsistencySums, sample_tokens, sum_samples
 from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
@@ -127,10 +127,11 @@ class _ClientActor:
     @ray.method
     def measure(
         self, clients: Sequence[int], shared: Tensor, round_num: int
-    ) -> list[tuple[dict[str, float], TokenSample]]:
-        """Measure each client's imputation, and sample its tokens of the shared entities, int64 [num_shared]."""
+    ) -> tuple[list[dict[str, float]], ConsistencySums]:
+        """Measure each client's imputation, and sum the clients' tokens of the shared entities, int64 [num_shared]."""
         held = [self.clients[client] for client in clients]
-        return [(measure_imputation(client, round_num), sample_tokens(client, shared, round_num)) for client in held]
+        samples = (sample_tokens(client, shared, round_num) for client in held)
+        return [measure_imputation(client, round_num) for client in held], sum_samples(samples, shared)
 
     @ray.method
     def save(self, clients: Sequence[int], folder: Path) -> None:

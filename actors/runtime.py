@@ -24,7 +24,7 @@ from actors.cluster import connect, settled_resources, with_measured_memory
 from actors.placement import Batch, plan_placement, rebalance
 from actors.server import ServerActor, _ServerActor
 from fedsim.data.clients import shared_matrices, without_matrices
-from fedsim.evaluation.consistency import semantic_consistency, shared_entities
+from fedsim.evaluation.consistency import ConsistencySums, merge_sums, semantic_consistency, shared_entities
 from fedsim.federated.aggregation import PartialSums
 from fedsim.federated.batches import plan_batches, predicted_work, state_bytes
 from fedsim.federated.client import ClientEvaluation, ClientReport
@@ -182,14 +182,18 @@ class RayRuntime:
         return [item for data in self.experiment.clients for item in parts[data.client]]
 
     def measure(self, round_num: int) -> Measurements:
-        """Measure imputation where the data is, and semantic consistency on tokens sampled from the actors."""
+        """Measure imputation where the data is, and semantic consistency on sums of tokens from the actors."""
         owned = {data.client: torch.from_numpy(data.entity_ids) for data in self.experiment.clients}
         shared = ray.put(shared_entities(owned))
         what = f"measurement in round {round_num}"
         calls = self._each_batch(what, lambda held, batch: held.actor.measure.remote(batch, shared, round_num))
-        parts = {client: part for call, done in calls for client, part in zip(call.clients, done, strict=True)}
-        consistency = semantic_consistency([parts[client][1] for client in owned])
-        return Measurements({client: parts[client][0] for client in owned}, consistency)
+        imputation: dict[int, dict[str, float]] = {}
+        sums: ConsistencySums | None = None
+        for call, (metrics, found) in calls:
+            imputation |= zip(call.clients, metrics, strict=True)
+            sums = found if sums is None else merge_sums([sums, found])
+        assert sums is not None, "there is at least one client"
+        return Measurements({client: imputation[client] for client in owned}, semantic_consistency(sums))
 
     def save(self, folder: Path) -> None:
         """Let each actor write its own files; on several nodes the folder must be on storage that they share."""

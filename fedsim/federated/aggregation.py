@@ -18,7 +18,7 @@ from fedsim.federated.compression import check_rows, decode_message
 from fedsim.federated.messages import ClientUpdate, SoftQueries, check_finite
 
 FRACTION_BITS = 40
-_SCALE = float(1 << FRACTION_BITS)
+SCALE = float(1 << FRACTION_BITS)
 _LIMIT = float(1 << 12)  # |value| below 4096 leaves room for 2,048 summands in 63 bits; see `range_limit` for more
 _CHUNK_VALUES = 1 << 17  # encoded at once, so that temporaries stay in the processor's cache
 
@@ -28,7 +28,7 @@ def encode(values: Tensor) -> Tensor:
 
     Scaling by a power of two is exact in single precision too, so no doubles are made of it.
     """
-    return (values * _SCALE).round_().to(torch.int64)
+    return (values * SCALE).round_().to(torch.int64)
 
 
 def range_limit(num_summands: int) -> float:
@@ -92,7 +92,7 @@ class RowMean:
         """Return the mean where anything was added and `previous` elsewhere, [num_rows, dim]."""
         present = self.counts > 0
         mean = previous.clone()
-        mean[present] = decode(self.total[present], self.counts[present].unsqueeze(1) * _SCALE)
+        mean[present] = decode(self.total[present], self.counts[present].unsqueeze(1) * SCALE)
         return mean
 
 
@@ -107,7 +107,7 @@ class ModuleMean:
         """Add one client's modules, checked by `in_range`, weighted by its share (0..1) of all training triples."""
         weight = torch.tensor(share, dtype=torch.float64)
         encoded = {name: encode(value.double() * weight) for name, value in modules.items()}
-        self.merge(encoded, (weight * _SCALE).round().to(torch.int64))
+        self.merge(encoded, (weight * SCALE).round().to(torch.int64))
 
     def merge(self, totals: Mapping[str, Tensor], weight: Tensor) -> None:
         """Add another running mean's sums."""

@@ -14,7 +14,7 @@ from fedsim.config import Config
 from fedsim.data.clients import ClientData, build_clients, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
 from fedsim.errors import ConfigError, RunError
-from fedsim.evaluation.consistency import TokenSample, sample_tokens, semantic_consistency, shared_entities
+from fedsim.evaluation.consistency import sample_tokens, semantic_consistency, shared_entities, sum_samples
 from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated import STRATEGIES, Strategy
 from fedsim.federated.batches import ClientSize, plan_batches
@@ -201,12 +201,9 @@ class InProcessRuntime:
     def measure(self, round_num: int) -> Measurements:
         """Measure imputation and semantic consistency."""
         shared = shared_entities({number: client.entity_ids for number, client in self.clients.items()})
-        samples: list[TokenSample] = []
-        imputation = {}
-        for number, client in self.clients.items():
-            imputation[number] = measure_imputation(client, round_num)
-            samples.append(sample_tokens(client, shared, round_num))
-        return Measurements(imputation, semantic_consistency(samples))
+        imputation = {number: measure_imputation(client, round_num) for number, client in self.clients.items()}
+        samples = (sample_tokens(client, shared, round_num) for client in self.clients.values())
+        return Measurements(imputation, semantic_consistency(sum_samples(samples, shared)))
 
     def save(self, folder: Path) -> None:
         """Write one file per batch of clients and one for the server."""

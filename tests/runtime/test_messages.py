@@ -23,7 +23,7 @@ from actors.client import _ClientActor
 from actors.runtime import RayRuntime, ray_runtime
 from actors.server import _ServerActor
 from builders import write_tiny_dataset
-from fedsim.evaluation.consistency import TokenSample
+from fedsim.evaluation.consistency import ConsistencySums
 from fedsim.evaluation.ranking import RankingMetrics
 from fedsim.federated.aggregation import PartialSums, encode
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
@@ -66,7 +66,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "soft_queries": "dict[int, SoftQueries]",
         "seconds": "float",
     },
-    TokenSample: {"entity_ids": "Tensor", "tokens": "dict[str, Tensor]", "names": "tuple[str, ...]"},
+    ConsistencySums: {"owners": "Tensor", "units": "dict[str, Tensor]", "squares": "dict[str, Tensor]"},
 }
 CLIENT_ACTOR_RETURNS = {
     "start": "tuple[str, str, int, float]",
@@ -79,7 +79,7 @@ CLIENT_ACTOR_RETURNS = {
     "release": "tuple[dict[int, dict[str, Tensor]], int]",  # to `adopt` of another actor alone: nothing else takes it
     "adopt": "None",
     "evaluate": "list[list[ClientEvaluation]]",
-    "measure": "list[tuple[dict[str, float], TokenSample]]",
+    "measure": "tuple[list[dict[str, float]], ConsistencySums]",
     "save": "None",
     "load": "None",
 }
