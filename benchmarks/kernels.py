@@ -14,6 +14,7 @@ A step of `one_vs_all`, and the ranking of a bilinear scorer, are compared with 
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -250,7 +251,9 @@ def main(
     output: Path | None,
 ) -> None:
     """Time training and ranking, ours, PyKEEN's and bare matrix products."""
-    logging.getLogger("pykeen").setLevel(logging.ERROR)
+    for name in ("pykeen", "torch_max_mem"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
     pin_threads(threads)
     kept = keep_memory and keep_freed_memory()
     batches, repeats = (3, 2) if quick else (batches, repeats)
