@@ -10,6 +10,7 @@ import torch
 
 from experiments import COUPLINGS, small_config, small_runtime
 from fedsim.errors import RunError
+from fedsim.federated.aggregation import PartialSums, RoundSums
 from fedsim.federated.compression import SentTokens
 from fedsim.federated.messages import ClientHello, ClientUpdate, PrototypeTable
 from fedsim.federated.runtime import InProcessRuntime, make_strategy
@@ -103,6 +104,39 @@ def test_messages_that_do_not_belong_are_refused_and_change_nothing() -> None:
     server.receive(good)
     server.finish_round()
     assert server.global_model.entity[:3, 0].tolist() == [1.0, 1.5, 2.0]
+
+
+def _partial(server: Server, *clients: int) -> PartialSums:
+    sums = RoundSums(server.sum_shape(), 1, server.ownership)
+    for client in clients:
+        sums.add(_update(server, client, 0.1 * (client + 1) / 3))
+    return sums.partial()
+
+
+def test_partial_sums_end_in_the_bits_of_single_updates() -> None:
+    overrides = {"federation.strategy": "mmfed3", "model.imputer": "diffusion"}
+    alone, merged = _server(**overrides), _server(**overrides)
+    for client in OWNED:
+        alone.receive(_update(alone, client, 0.1 * (client + 1) / 3))
+    merged.merge(_partial(merged, 2, 0))
+    merged.merge(_partial(merged, 1))
+    assert alone.finish_round().num_updates == merged.finish_round().num_updates == 3
+    expected = alone.state()
+    assert all(torch.equal(value, expected[name]) for name, value in merged.state().items())
+
+
+def test_partial_sums_that_do_not_belong_are_refused() -> None:
+    server = _server()
+    server.merge(_partial(server, 0))
+    unknown = replace(_partial(server, 1), clients=(7,))
+    for partial, message in (
+        (_partial(server, 1, 0), "client 0, round 1: a second update in the same round"),
+        (replace(_partial(server, 1), round_num=3), "partial sums of round 3 are stale, this is round 1"),
+        (unknown, "client 7, round 1: an update of a client that is not registered"),
+    ):
+        with pytest.raises(RunError, match=message):
+            server.merge(partial)
+    assert server.finish_round().num_updates == 1
 
 
 def test_prototypes_by_hand_and_the_old_ones_stay() -> None:
