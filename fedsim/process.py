@@ -8,8 +8,8 @@ import torch
 
 # Parameters of glibc's mallopt, as in malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_KEPT_BYTES = 1 << 29
-_GROWTH_BYTES = 1 << 26
+_KEPT_BYTES = 1 << 27
+_GROWTH_BYTES = 1 << 24
 
 
 def settle_process(num_threads: int) -> None:
@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
     """Keep big blocks of freed memory for the next tensor instead of handing them back to the system.
 
     A tensor of more than 32 MB is otherwise fresh memory at each step, and the page faults of its first use can cost
-    more than the arithmetic on it. Up to 512 MB stay with the process.
+    more than the arithmetic on it. Up to 128 MB at the end of the heap stay with the process.
 
     Returns:
         Whether the C library took the settings; others than glibc have none.

@@ -5,10 +5,17 @@ as one stacked computation. It does not depend on the cohort, the machine or the
 gives the same bits.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedsim.config import Config
+
+# Clients and rows of entity tables in a batch, at most; on a CPU a larger stack leaves the cache and gains nothing.
+CPU_BATCH = (16, 1 << 14)
+GPU_BATCH = (256, 1 << 18)
+MIN_BATCHES = 8  # fewer clients than twice as many train alone, and can be spread over as many actors
+MAX_PADDING = 1.5  # most entities over fewest in a batch
 
 STEP_ROWS = 16  # scoring so many rows costs as much as an optimizer step on one
 
@@ -42,14 +49,31 @@ def plan_batches(config: Config, sizes: Mapping[int, ClientSize]) -> tuple[tuple
     """Divide the clients into batches of similar size.
 
     Args:
-        config: `runtime.clients_per_batch` is the most that share a batch; dedicated placement has batches of one.
+        config: `runtime.clients_per_batch` is the most that share a batch, or null for the rule below; dedicated
+            placement has batches of one.
         sizes: client id -> size, of all clients of the federation.
 
     Returns:
         The batches, each sorted, in order of their first client.
     """
-    limit = 1 if config.runtime.placement == "dedicated" else config.runtime.clients_per_batch or 1
+    runtime = config.runtime
+    if runtime.placement == "dedicated":
+        limit, rows = 1, math.inf
+    elif runtime.clients_per_batch is not None:
+        limit, rows = runtime.clients_per_batch, math.inf
+    else:
+        most, rows = GPU_BATCH if runtime.gpus_per_client > 0 else CPU_BATCH
+        limit = max(1, min(most, len(sizes) // MIN_BATCHES))
     # Neighbours in this order are alike, so a stacked table has little padding.
     ordered = sorted(sizes, key=lambda client: (sizes[client].num_entities, sizes[client].num_triples, client))
-    batches = [tuple(sorted(ordered[start : start + limit])) for start in range(0, len(ordered), limit)]
-    return tuple(sorted(batches))
+    batches: list[list[int]] = []
+    for client in ordered:
+        size = sizes[client].num_entities
+        last = batches[-1] if batches else []
+        padded = size * (len(last) + 1)
+        alike = runtime.clients_per_batch is not None or not last or size <= MAX_PADDING * sizes[last[0]].num_entities
+        if last and len(last) < limit and padded <= rows and alike:
+            last.append(client)
+        else:
+            batches.append([client])
+    return tuple(sorted(tuple(sorted(batch)) for batch in batches))

@@ -50,3 +50,27 @@ def test_work_by_hand() -> None:
 def test_state_by_hand() -> None:
     """Ten rows of 8 floats, three times, in two views: 10 * 8 * 4 * 3 * 2 bytes."""
     assert state_bytes(make_config({"model": {"dim": 8}}), SIZES[0], 2) == 1920.0
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "num_entities", "gpus", "expected"),
+    [
+        (3, 500, 0.0, 1),  # few clients are spread over actors
+        (15, 500, 0.0, 1),
+        (40, 500, 0.0, 5),  # so that there are eight batches
+        (300, 500, 0.0, 16),
+        (300, 4096, 0.0, 4),  # 2^14 rows
+        (300, 20_000, 0.0, 1),
+        (300, 500, 0.5, 37),
+        (3000, 500, 0.5, 256),
+    ],
+)
+def test_the_automatic_rule(num_clients: int, num_entities: int, gpus: float, expected: int) -> None:
+    sizes = {client: ClientSize(num_entities, 100) for client in range(num_clients)}
+    assert max(map(len, _batches(sizes, gpus_per_client=gpus))) == expected
+
+
+def test_clients_of_unlike_sizes_do_not_share_a_batch() -> None:
+    """Half of the clients have 100 entities and half 151: a batch with both would pad by more than a half."""
+    sizes = {client: ClientSize(100 if client % 2 else 151, 50) for client in range(64)}
+    assert all(len({client % 2 for client in batch}) == 1 for batch in _batches(sizes))

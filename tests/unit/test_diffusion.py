@@ -131,7 +131,9 @@ class PerfectDenoiser:
         self.imputer, self.truth = imputer, truth  # [num_tokens, batch, dim], of the entities that lack a token
         self.inputs: list[tuple[Condition, Tensor]] = []
         monkeypatch.setattr(diffusion, "denoise", self.denoise)
-        monkeypatch.setattr(diffusion, "step_modulation", lambda params, steps: imputer.levels.unsqueeze(1))
+        monkeypatch.setattr(
+            diffusion, "step_modulation", lambda params, steps, times: imputer.levels[times].unsqueeze(1)
+        )
 
     def denoise(self, params: Params, condition: Condition, noisy: Tensor, level: Tensor) -> Tensor:
         self.inputs.append((condition, noisy))

@@ -6,7 +6,7 @@ of x_0 starts from it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,13 +88,14 @@ def encode_condition(params: Mapping[str, Tensor], inputs: DenoiserInput) -> Con
     return Condition(clean, hidden, linear(params, "imputer.flags_out", flags), start)
 
 
-def step_modulation(params: Mapping[str, Tensor], steps: int) -> Tensor:
-    """Return the AdaLN modulation of every step 0..K, [steps + 1, num_blocks * 3 * hidden]."""
+def step_modulation(params: Mapping[str, Tensor], steps: int, times: Sequence[int] | None = None) -> Tensor:
+    """Return the AdaLN modulation of some steps, or of every step 0..K, [num_times, num_blocks * 3 * hidden]."""
     weight = params["imputer.step_in.weight"]
-    time = torch.arange(steps + 1, device=weight.device, dtype=weight.dtype).unsqueeze(1) / steps * 1000
+    asked = torch.tensor(range(steps + 1) if times is None else times, device=weight.device, dtype=weight.dtype)
+    time = asked.unsqueeze(1) / steps * 1000
     half = STEP_FEATURES // 2
     frequency = torch.exp(torch.arange(half, device=weight.device, dtype=weight.dtype) * (-math.log(1e4) / half))
-    waves = torch.cat([torch.sin(time * frequency), torch.cos(time * frequency)], 1)  # [steps + 1, STEP_FEATURES]
+    waves = torch.cat([torch.sin(time * frequency), torch.cos(time * frequency)], 1)  # [num_times, STEP_FEATURES]
     return linear(params, "imputer.step_out", functional.silu(linear(params, "imputer.step_in", waves)))
 
 

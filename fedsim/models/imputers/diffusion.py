@@ -6,6 +6,7 @@ DDIM (Song et al., ICLR 2021). Everything below the abstract's level is our infe
 Symbols: x_0 `clean`, x_k `noisy`, abar `level`, c `known`, o `available`, g = o - c `target`, K `steps`.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -66,12 +67,12 @@ class DiffusionImputer:
         condition = encode_condition(params, self._inputs(tokens, tokens.available, ~tokens.available))
         condition = condition.repeat(num_draws)
         free = (~tokens.available).repeat(1, num_draws).unsqueeze(-1)  # the others are re-inserted at every step
-        modulation = step_modulation(params, self.config.steps)
+        modulation = step_modulation(params, self.config.steps, self.times)  # [S + 1, ...]
         levels = self.levels.to(tokens.values)
         clean = noise.reshape(num_tokens, num_draws * batch, dim)
         noisy = clean * free
-        for time, next_time in zip(self.times, self.times[1:], strict=False):
-            output = denoise(params, condition, noisy, modulation[time].unsqueeze(0))
+        for place, (time, next_time) in enumerate(itertools.pairwise(self.times)):
+            output = denoise(params, condition, noisy, modulation[place].unsqueeze(0))
             clean = self._clean(output, condition, noisy, levels[time])
             if next_time > 0:
                 noisy = ddim_step(noisy, clean, levels[time], levels[next_time]) * free
