@@ -116,7 +116,7 @@ def _cover(num_clients: int) -> Triples:
     heads = np.arange(half)
     found = []
     for client in range(num_clients):
-        shift, relation = client % half, client // half
+        shift, relation = client // NUM_RELATIONS, client % NUM_RELATIONS
         found.append(np.stack([heads, np.full(half, relation), half + (heads + shift) % half], -1))
     return np.stack(found)
 
