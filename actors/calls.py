@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 DEPTH = 2  # calls queued per actor: the second is there when the first ends, and memory stays bounded
 REMIND_SECONDS = 60.0  # how often the log says for whom the run waits
+MAX_NAMED = 8  # clients of a batch that a message names
 GO_ON = "continue with `fedsim resume RUN`"
 
 
@@ -94,6 +95,14 @@ def result_of(call: Call[T], timeout_seconds: float) -> T:
     """Make one call and wait for its result; errors as in `collect`."""
     ((_, result),) = collect([[call]], timeout_seconds)
     return result
+
+
+def name_clients(clients: Sequence[int]) -> str:
+    """Name clients in a message: ``client 3``, ``clients 0, 2``, ``clients 0, 1, 2 and 297 more``."""
+    if len(clients) == 1:
+        return f"client {clients[0]}"
+    more = f" and {len(clients) - MAX_NAMED} more" if len(clients) > MAX_NAMED else ""
+    return f"clients {', '.join(map(str, clients[:MAX_NAMED]))}{more}"
 
 
 def _fetch(ref: "ObjectRef[T]", call: Call[Any]) -> T:

@@ -19,6 +19,7 @@ from fedsim.errors import RunError
 PROBE_SECONDS = 60.0  # for a process that imports Ray and joins; Ray itself would try for minutes
 PORT_SECONDS = 5.0
 MEASURE_SECONDS = 120.0
+KEPT_TASKS = 2000
 MEND = "check runtime.address and that the cluster runs (`ray status`), or leave it null to start one on this machine"
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
 
@@ -34,6 +35,8 @@ def connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray announces a later default for processes without a GPU by a warning; this is that default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray keeps the events of its last 100,000 tasks for the dashboard, which a long run would see as growing memory.
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", str(KEPT_TASKS))
     if address is not None and address != "local":
         _probe(address)
     # An explicit address: without one Ray joins whatever cluster it finds on the machine.

@@ -18,7 +18,7 @@ import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle, ActorProxy
 
-from actors.calls import Call, collect, result_of
+from actors.calls import Call, collect, name_clients, result_of
 from actors.client import ClientActor, _ClientActor
 from actors.cluster import connect, settled_resources, with_measured_memory
 from actors.placement import Batch, plan_placement, rebalance
@@ -51,7 +51,6 @@ PARTS = (
     "on, which changes the last digits; lower runtime.clients_per_batch or raise runtime.gpus_per_client to avoid it"
 )
 BALANCE_ROUNDS = 5  # between two looks at how evenly the actors are busy
-MAX_NAMED = 8  # clients of a batch that a message names
 
 _run_numbers = itertools.count(1)  # a name is free again only some time after its actor ended
 
@@ -299,7 +298,7 @@ class RayRuntime:
             self._move(move.batch, self.pool[move.source], self.pool[move.target])
             logger.info(
                 "%s moved from %s to %s, %.3g s of a round",
-                _names(move.batch),
+                name_clients(move.batch),
                 self.pool[move.source].name,
                 self.pool[move.target].name,
                 seconds[move.batch],
@@ -367,7 +366,7 @@ class RayRuntime:
         """Make a call for every batch (its members in the cohort), results in order of completion."""
         queues = [
             [
-                Call(_names(batch), held.name, held.node, what, partial(submit, held, batch), batch)
+                Call(name_clients(batch), held.name, held.node, what, partial(submit, held, batch), batch)
                 for batch in (held.batches if cohort is None else sampled(held.batches, cohort))
             ]
             for held in self.pool
@@ -379,7 +378,7 @@ class RayRuntime:
     ) -> Iterator[tuple[Call[T], T]]:
         """Make a call to every client actor (of those given), results in order of completion."""
         calls = [
-            Call(_names(held.clients), held.name, held.node, what, partial(submit, held))
+            Call(name_clients(held.clients), held.name, held.node, what, partial(submit, held))
             for held in (self.pool if pool is None else pool)
         ]
         return collect([[call] for call in calls], self.timeout)
@@ -394,11 +393,3 @@ class RayRuntime:
         if self.server is not None:
             self._await_server(getattr(self.server, verb).remote(folder), what)
         list(self._each_batch(what, lambda held, batch: getattr(held.actor, verb).remote(batch, folder)))
-
-
-def _names(clients: Sequence[int]) -> str:
-    """Name clients in a message: ``client 3``, ``clients 0, 2``, ``clients 0, 1, 2 and 297 more``."""
-    if len(clients) == 1:
-        return f"client {clients[0]}"
-    more = f" and {len(clients) - MAX_NAMED} more" if len(clients) > MAX_NAMED else ""
-    return f"clients {', '.join(map(str, clients[:MAX_NAMED]))}{more}"
