@@ -25,7 +25,7 @@ from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import client_device, make_client
 from fedsim.models.parameters import Params
-from fedsim.process import settle_process
+from fedsim.process import return_freed_memory, settle_process
 
 
 class _ClientActor:
@@ -111,6 +111,7 @@ class _ClientActor:
         for other in others:
             sums.merge(other)
         self.sums = None
+        return_freed_memory()  # what training took; the round's other work is small
         return sums.partial(), len(sums.received)
 
     @ray.method

@@ -40,7 +40,7 @@ from fedsim.federated.runtime import (
     sampled,
 )
 from fedsim.models.parameters import Params
-from fedsim.process import pin_threads
+from fedsim.process import pin_threads, return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ class RayRuntime:
         largest = max(held.private_bytes for held in self.pool) / 1e6
         self.placement = [*plan.lines, f"actors {run}/... {where}, {threads}, {largest:.0f} MB before their clients"]
         self._hand_out()
+        return_freed_memory()
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
         """Train the cohort; what the clients send goes to the server, one by one or as sums."""

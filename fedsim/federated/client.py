@@ -112,7 +112,7 @@ class Client:
         return train_together([self], round_num, [broadcast])[0]
 
     def begin_round(self, broadcast: Broadcast | None) -> Broadcast | None:
-        """Take the server's model for this client's entities, and forget what a new round starts without.
+        """Take the server's model for this client's entities.
 
         Returns:
             The message that this client was sent.
@@ -120,9 +120,12 @@ class Client:
         if broadcast is not None:
             broadcast = self.exchange.download(broadcast)
             self._receive(broadcast)
-        self._reset_optimizer()
         self._imputations.clear()
         return broadcast
+
+    def forget_imputations(self) -> None:
+        """Free the imputed tokens; they are drawn again, alike, when something asks for them."""
+        self._imputations.clear()
 
     def member(self, round_num: int) -> Member:
         """Return this client as a member of a stack."""
@@ -255,7 +258,8 @@ class Client:
             if view == "global" or f"{view}/entity" not in self.values.params:
                 self._set_view(view, params)
 
-    def _reset_optimizer(self) -> None:
+    def end_round(self) -> None:
+        """Free the optimiser state that the next round starts without."""
         reset = self.config.training.reset_optimizer
         if reset == "always":
             reset_state(self.values.optimizer)
@@ -335,6 +339,8 @@ def train_together(
     model, strategy = clients[0].model, clients[0].strategy
     members = [client.member(round_num) for client in clients]
     losses = train_epochs(model, strategy.views, members, lambda forwards: strategy.couple(round_num, forwards))
+    for client in clients:
+        client.end_round()
     updates: list[ClientUpdate | None] = [None] * len(clients)
     if broadcasts[0] is not None:
         impute_together(clients, round_num)

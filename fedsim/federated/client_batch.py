@@ -25,4 +25,7 @@ def evaluate_clients(
 ) -> list[list[ClientEvaluation]]:
     """Rank the triples of a split at each client; results as of `Client.evaluate`, in the order of `clients`."""
     impute_together(clients, round_num)
-    return [client.evaluate(split, round_num, choose=choose) for client in clients]
+    results = [client.evaluate(split, round_num, choose=choose) for client in clients]
+    for client in clients:
+        client.forget_imputations()
+    return results
