@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fedsim.config import Config
 
 # Clients and rows of entity tables in a batch, at most; on a CPU a larger stack leaves the cache and gains nothing.
-CPU_BATCH = (16, 1 << 14)
+CPU_BATCH = (16, 1 << 13)
 GPU_BATCH = (256, 1 << 18)
 MIN_BATCHES = 8  # fewer clients than twice as many train alone, and can be spread over as many actors
 MAX_PADDING = 1.5  # most entities over fewest in a batch
