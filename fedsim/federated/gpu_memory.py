@@ -40,7 +40,8 @@ class PartSize:
         results: list[T] = []
         while len(results) < len(clients):
             part = clients[len(results) :][: self.most]
-            before = [_copy(client.state()) for client in part if client.device.type == "cuda"]
+            can_retry = len(part) > 1 and part[0].device.type == "cuda"
+            before = [_copy(client.state()) for client in part] if can_retry else []
             try:
                 results += work(part)
                 continue

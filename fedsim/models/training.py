@@ -117,6 +117,7 @@ def train_epochs(
             part = stack.first(epoch.num_active(step))
             batch = _draw_batch(part, epoch, step, shuffles, noise, dropout)
             losses = train_step(part, views, batch, epoch, coupling)
+            assert part.values.optimizer.keys() == stack.values.optimizer.keys(), "a first step is one of all clients"
             num_steps[: len(part)] += 1
             update_ema(part.values, model.config.diffusion.ema_decay, num_steps[: len(part)].tolist())
             for name, loss in losses.items():

@@ -111,9 +111,8 @@ def test_a_stack_imputes_as_each_client_alone() -> None:
 def test_a_loss_that_is_not_finite_names_its_client() -> None:
     clients, _ = _clients(METHODS["structure"], rounds=1, size=4)
     clients[2].values.params["relation"].fill_(float("nan"))
-    broadcast = None
     with pytest.raises(RunError, match=r"^client 2, round 5: the loss is not finite \(terms: global/link\); lower"):
-        train_together(clients, 5, [broadcast] * 4)
+        train_together(clients, 5, [None] * 4)
 
 
 def test_padding_by_hand() -> None:
