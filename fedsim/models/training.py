@@ -111,10 +111,12 @@ def train_epochs(
     sums: dict[str, Tensor] = {}
     num_steps = torch.zeros(len(stack), dtype=torch.int64)
     epoch: _Epoch | None = None
+    part = stack
     for _ in range(model.config.training.local_epochs):
         epoch = _start_epoch(stack, views, shuffles, noise, epoch)
         for step in range(len(epoch.rows[0])):
-            part = stack.first(epoch.num_active(step))
+            if epoch.num_active(step) != len(part):
+                part = stack.first(epoch.num_active(step))
             batch = _draw_batch(part, epoch, step, shuffles, noise, dropout)
             losses = train_step(part, views, batch, epoch, coupling)
             assert part.values.optimizer.keys() == stack.values.optimizer.keys(), "a first step is one of all clients"
