@@ -61,6 +61,19 @@ def _slope_of_moduli(differences: Tensor, grad: Tensor) -> Tensor:
 L1 = Norm(_sum_of_sizes, _slope_of_sizes)
 """Sum of absolute values."""
 
+
+def _root_of_squares(differences: Tensor, out: Tensor) -> Tensor:
+    return torch.sum(differences.square_(), -1, out=out).sqrt_()
+
+
+def _slope_of_root(differences: Tensor, grad: Tensor) -> Tensor:
+    squares = differences.square().sum(-1).clamp_min_(torch.finfo(differences.dtype).tiny)  # slope 0 at 0
+    return differences.mul_(squares.rsqrt_().mul_(grad).unsqueeze(-1))
+
+
+L2 = Norm(_root_of_squares, _slope_of_root)
+"""Square root of the sum of squares. For all pairs `euclidean` is faster."""
+
 MODULI = Norm(_sum_of_moduli, _slope_of_moduli)
 """Sum of the moduli of complex numbers, stored as all real parts, then all imaginary parts."""
 
@@ -90,6 +103,13 @@ def distance(query: Tensor, candidates: Tensor, norm: Norm) -> Tensor:
     """Measure the distances of all pairs: [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
     stacked = [value.reshape(-1, *value.shape[-2:]) for value in (query, candidates)]
     distances: Tensor = _Distance.apply(*stacked, norm)  # type: ignore[no-untyped-call]
+    return distances.view(*query.shape[:-1], candidates.shape[-2])
+
+
+def euclidean(query: Tensor, candidates: Tensor) -> Tensor:
+    """Measure the L2 distances of all pairs by a matrix product; shapes as in `distance`."""
+    stacked = [value.reshape(-1, *value.shape[-2:]) for value in (query, candidates)]
+    distances: Tensor = _Euclidean.apply(*stacked)  # type: ignore[no-untyped-call]
     return distances.view(*query.shape[:-1], candidates.shape[-2])
 
 
@@ -195,6 +215,33 @@ class _Distance(torch.autograd.Function):
             query_grad += slope.sum(2)
             candidates_grad -= slope.sum(1)
         return *grads, None
+
+
+class _Euclidean(torch.autograd.Function):
+    """L2 distances of all pairs: |q - c|^2 = |q|^2 + |c|^2 - 2 q c.
+
+    Where q and c almost agree the difference of these terms is rounding, so no slope is taken steeper than it allows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, candidates: Tensor) -> Tensor:
+        """Compute the distances: [num_tables, batch, dim], [num_tables, num, dim] -> [num_tables, batch, num]."""
+        own, others = query.square().sum(-1).unsqueeze(2), candidates.square().sum(-1).unsqueeze(1)
+        distances = torch.baddbmm(others, query, candidates.mT, alpha=-2).add_(own).clamp_min_(0).sqrt_()
+        ctx.save_for_backward(query, candidates, distances, own)
+        return distances
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the query and of the candidates, shapes as theirs."""
+        query, candidates, distances, own = ctx.saved_tensors
+        kind = torch.finfo(distances.dtype)
+        least = own.mul(16 * kind.eps).clamp_min_(kind.tiny).sqrt_()  # [num_tables, batch, 1]
+        slope = grad / torch.maximum(distances, least)
+        query_grad = torch.baddbmm(query * slope.sum(2, keepdim=True), slope, candidates, alpha=-1)
+        turned = slope.mT
+        return query_grad, torch.baddbmm(candidates * turned.sum(2, keepdim=True), turned, query, alpha=-1)
 
 
 def _in_order(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,8 @@ def direct_score(name: str, head: Tensor, relation: Tensor, tail: Tensor) -> Ten
     """Score triples by the formula of the paper, one number per row: [batch, dim] three times -> [batch]."""
     if name == "transe":
         return -(head + relation - tail).abs().sum(dim=-1)
+    if name == "transe_l2":
+        return -(head + relation - tail).square().sum(dim=-1).sqrt()
     if name == "distmult":
         return (head * relation * tail).sum(dim=-1)
     if name == "complex":
@@ -45,6 +47,7 @@ def draw(scorer: Scorer, batch: int, num_candidates: int, dim: int, seed: int) -
     ("name", "relation", "expected"),
     [
         ("transe", [0.5, -1.0], -2.5),
+        ("transe_l2", [0.5, -1.0], -math.sqrt(4.25)),
         ("distmult", [0.5, -1.0], 3.0),
         ("complex", [0.5, -1.0], 5.0),
         ("rotate", [math.pi / 2], -math.sqrt(20.0)),
@@ -53,7 +56,7 @@ def draw(scorer: Scorer, batch: int, num_candidates: int, dim: int, seed: int) -
 def test_score_by_hand(name: str, relation: list[float], expected: float) -> None:
     """Score h = (1, 2), t = (2, -1), in complex layout h = 1 + 2i, t = 2 - i.
 
-    TransE, r = (0.5, -1): h + r - t = (-0.5, 2), score -(0.5 + 2) = -2.5.
+    TransE, r = (0.5, -1): h + r - t = (-0.5, 2), score -(0.5 + 2) = -2.5; by L2 -sqrt(0.25 + 4).
     DistMult, same r: 1 * 0.5 * 2 + 2 * -1 * -1 = 3.
     ComplEx, r = 0.5 - i: h r = 2.5, times conj(t) = 2 + i gives 5 + 2.5i, score 5.
     RotatE, a quarter turn: h i = -2 + i, minus t = -4 + 2i, score -sqrt(16 + 4).
@@ -178,8 +181,8 @@ def test_scores_equal_pykeen(scorer: Scorer, inverse: bool) -> None:
     own = candidates.expand(4, -1, -1)
     head, tail = (own, entity.unsqueeze(1)) if inverse else (entity.unsqueeze(1), own)
     relation = relation.unsqueeze(1)
-    if scorer.name == "transe":
-        expected = TransEInteraction(p=1)(head, relation, tail)
+    if scorer.name in ("transe", "transe_l2"):
+        expected = TransEInteraction(p=2 if scorer.name == "transe_l2" else 1)(head, relation, tail)
     elif scorer.name == "distmult":
         expected = DistMultInteraction()(head, relation, tail)
     elif scorer.name == "complex":

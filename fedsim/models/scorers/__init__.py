@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsim.models.scorers.complex import ComplEx
 from fedsim.models.scorers.distmult import DistMult
 from fedsim.models.scorers.rotate import RotatE
-from fedsim.models.scorers.transe import TransE
+from fedsim.models.scorers.transe import TransE, TransEL2
 
 
 class Scorer(Protocol):
@@ -71,6 +71,6 @@ class Scorer(Protocol):
         ...
 
 
-SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (TransE(), DistMult(), ComplEx(), RotatE())}
+SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (TransE(), TransEL2(), DistMult(), ComplEx(), RotatE())}
 
-__all__ = ["SCORERS", "ComplEx", "DistMult", "RotatE", "Scorer", "TransE"]
+__all__ = ["SCORERS", "ComplEx", "DistMult", "RotatE", "Scorer", "TransE", "TransEL2"]

@@ -2,7 +2,7 @@
 
 Bordes et al., "Translating Embeddings for Modeling Multi-relational Data", NeurIPS 2013.
 
-    score(h, r, t) = -|| h + r - t ||_1
+    score(h, r, t) = -|| h + r - t ||_1, or with the L2 norm -|| h + r - t ||_2; the paper allows either.
 
 Symbols: h, t = `entity` or a candidate; r = `relation`, as wide as an entity. The paper's margin gamma is a constant
 that the loss adds; it changes no ranking and is not part of the score.
@@ -10,7 +10,7 @@ that the loss adds; it changes no ranking and is not part of the score.
 
 from torch import Tensor
 
-from fedsim.models.kernels import L1, distance, distance_rows
+from fedsim.models.kernels import L1, L2, distance, distance_rows, euclidean
 
 
 class TransE:
@@ -33,3 +33,17 @@ class TransE:
     def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
         return -distance_rows(query, table, ids, L1)
+
+
+class TransEL2(TransE):
+    """Negative L2 distance: comparing with all entities, or with shared negatives, is a matrix product."""
+
+    name = "transe_l2"
+
+    def score(self, query: Tensor, candidates: Tensor) -> Tensor:
+        """Score all pairs; [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
+        return -euclidean(query, candidates)
+
+    def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+        """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
+        return -distance_rows(query, table, ids, L2)
