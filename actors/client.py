@@ -80,7 +80,7 @@ class _ClientActor:
         """Cut out each client's part of the broadcast and forward to `Client.join`; learn the shape of the sums."""
         self.shape = shape
         for client in self.clients.values():
-            client.join(broadcast.for_entities(client.entity_ids))
+            client.join(client.own_part(broadcast))
 
     @ray.method(num_returns=2)
     def train(
@@ -174,7 +174,7 @@ class _ClientActor:
         """Return the sums of a round, opened anew when the round begins."""
         if self.sums is None or self.sums.round_num != round_num:
             assert self.shape is not None, "clients join before they train"
-            ownership = {number: client.entity_ids for number, client in self.clients.items()}
+            ownership = {number: client.shared_ids for number, client in self.clients.items()}
             self.sums = RoundSums(self.shape, round_num, ownership)
         return self.sums
 

@@ -36,6 +36,7 @@ from fedsim.federated.runtime import (
     Runtime,
     client_sizes,
     make_strategy,
+    num_shared,
     phase_seconds,
     sampled,
 )
@@ -126,12 +127,7 @@ class RayRuntime:
         }
         kept = sum(state_bytes(self.config, size, len(strategy.views)) for size in sizes.values())
         plan = plan_placement(
-            self.config.runtime,
-            work,
-            with_measured_memory(nodes),
-            free,
-            with_server=federated,
-            state_bytes=kept,
+            self.config.runtime, work, with_measured_memory(nodes), free, with_server=federated, state_bytes=kept
         )
         run = self._run_name()
         # An actor that dies has lost what its clients kept: it is not restarted, the run stops and says so.
@@ -139,7 +135,7 @@ class RayRuntime:
         if federated:
             self.server_name = f"{run}/server"
             self.server = ServerActor.options(name=self.server_name, **fixed).remote(
-                self.server_name, self.config, experiment.num_entities, experiment.feature_dims
+                self.server_name, self.config, num_shared(experiment), experiment.feature_dims
             )
         for number, group in enumerate(plan.groups):
             name = f"{run}/client-{group[0][0]:05d}" if plan.kind == "dedicated" else f"{run}/pool-{number}"
@@ -353,9 +349,14 @@ class RayRuntime:
         server = self.server
         if server is not None:
             list(self._each_actor("hello", lambda held: server.register.remote(held.actor.hello.remote())))
-            shape = self._await_server(server.sum_shape.remote(), "counting the clients")
-            welcome = self._begin_round(server, 0)
-            list(self._each_actor("joining", lambda held: held.actor.join.remote(welcome, shape)))
+            self.deliver(0)
+
+    def deliver(self, round_num: int) -> None:
+        """Give every client the server's model."""
+        if self.server is not None:
+            shape = self._await_server(self.server.sum_shape.remote(), "counting the clients")
+            broadcast = self._begin_round(self.server, round_num)
+            list(self._each_actor("taking the model", lambda held: held.actor.join.remote(broadcast, shape)))
 
     def _begin_round(self, server: "ActorProxy[_ServerActor]", round_num: int) -> "ObjectRef[Broadcast]":
         """Let the server publish its broadcast; the driver gets a reference."""

@@ -23,16 +23,16 @@ class _ServerActor:
     Args:
         name: of the actor.
         config: the experiment.
-        num_entities: size of the global id space.
+        num_rows: size of the global id space of what is shared.
         feature_dims: modality -> width of its features.
     """
 
-    def __init__(self, name: str, config: Config, num_entities: int, feature_dims: Mapping[str, int]) -> None:
+    def __init__(self, name: str, config: Config, num_rows: int, feature_dims: Mapping[str, int]) -> None:
         self.name = name
         self.published: ObjectRef[Broadcast] | None = None
         share_tensors()
         settle_process(config.runtime.torch_threads)
-        self.server = Server(config, make_strategy(config), num_entities, feature_dims)
+        self.server = Server(config, make_strategy(config), num_rows, feature_dims)
 
     def __repr__(self) -> str:
         return self.name

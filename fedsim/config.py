@@ -10,20 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from fedsim.config_types import Count, Positive, Rate, Section, Weight
 from fedsim.errors import ConfigError
-
-Rate = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A frozen part of the config tree that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from fedsim.imputer_config import ImputerConfig
 
 
 class DataConfig(Section):
@@ -58,10 +49,16 @@ class ModelConfig(Section):
     """The client model: imputer -> fusion -> scorer (method.md section 3)."""
 
     dim: Annotated[int, Field(ge=2, multiple_of=2)] = Field(128, description="width of tokens and entity embeddings")
-    scorer: str = Field("complex", description="transe, distmult, complex or rotate")
-    fusion: str = Field("gate", description="gate (eq. 2), split (a scorer per modality) or none (structure alone)")
-    imputer: str = Field("diffusion", description="what fills missing tokens: zero, mean, random or diffusion (HidE)")
+    scorer: str = Field("complex", description="transe (L1), transe_l2, distmult, complex or rotate")
+    fusion: str = Field(
+        "gate", description="gate (eq. 2), split (MoSE), ikrl, tbkgc, adamf, imf, mocme, or none (structure alone)"
+    )
+    imputer: str = Field(
+        "diffusion", description="zero, mean, random, nearest, ridge, mlp, vae, gan or diffusion (HidE)"
+    )
     gate_hidden: Count = Field(32, description="hidden width of the fusion gate")
+    fusion_rank: Count = Field(64, description="rank of the imf fusion: products of projected tokens")
+    num_experts: Count = Field(3, description="views that the mocme fusion makes of each token")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.6, description="dropout on the query vector")
     init_scale: Positive = Field(0.1, description="standard deviation of the initial entity and relation embeddings")
 
@@ -117,6 +114,9 @@ class TrainingConfig(Section):
     negatives: Literal["per_triple", "shared"] = Field(
         "per_triple", description="negatives of self_adversarial: of each query, or one set for a client's whole batch"
     )
+    negative_weighting: Literal["belief", "entropy"] = Field(
+        "belief", description="what weighs a negative of self_adversarial: its score, or how unsure the model is of it"
+    )
     margin: Positive = Field(10.0, description="gamma of self_adversarial")
     adversarial_temperature: Weight = Field(1.0, description="temperature of self_adversarial; 0 weighs all alike")
     corruption: Literal["tail", "both"] = Field("both", description="sides asked for in training")
@@ -125,10 +125,14 @@ class TrainingConfig(Section):
 class FederationConfig(Section):
     """Who takes part and how results are combined (method.md sections 5 and 6)."""
 
-    strategy: str = Field("mmfed3", description="local, central, fede or mmfed3")
+    strategy: str = Field("mmfed3", description="local, central, fede, fedprox, fedec, fedlu, fedr, pfedeg or mmfed3")
     num_rounds: Count = Field(15, description="federation rounds")
     cohort_fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of clients sampled per round")
     cohort_size: Count | None = Field(None, description="number of clients sampled per round; null uses the fraction")
+    proximal_mu: Weight = Field(0.1, description="fedprox: mu of the pull to the model that the server sent")
+    contrastive_weight: Weight = Field(0.1, description="fedec: weight of the contrastive term")
+    contrastive_temperature: Positive = Field(0.2, description="fedec: temperature of the contrastive term")
+    affinity_temperature: Positive = Field(0.2, description="pfedeg: large mixes all clients alike, small the likest")
 
 
 class ParticipationConfig(Section):
@@ -219,8 +223,16 @@ class EvaluationConfig(Section):
 
     every: Count = Field(1, description="validate every so many rounds")
     protocol: Literal["both", "fede"] = Field("both", description="both sides, or FedE's tail only with Hits@1/5/10")
+    evaluate_on: Literal["trained", "aggregated"] | None = Field(
+        None, description="rank clients' models as trained or as aggregated; null: aggregated with protocol fede only"
+    )
     patience: Count | None = Field(None, description="stop after so many validations without a better MRR")
     batch_size: Count = Field(512, description="queries ranked at once")
+
+    @property
+    def on_aggregated(self) -> bool:
+        """Whether clients are ranked with what the server aggregated."""
+        return self.evaluate_on == "aggregated" or (self.evaluate_on is None and self.protocol == "fede")
 
 
 class RuntimeConfig(Section):
@@ -256,6 +268,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    imputer: ImputerConfig = ImputerConfig()
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
     participation: ParticipationConfig = ParticipationConfig()

@@ -158,8 +158,8 @@ def run_rounds(
 ) -> Path | None:
     """Run the federation's rounds; returns the newest checkpoint, or None if no round was left.
 
-    1. sample the cohort (none if the round is skipped), 2. broadcast, train, aggregate and distil, 3. validate,
-    4. record, 5. checkpoint.
+    1. sample the cohort (none if the round is skipped), 2. broadcast, train, aggregate and distil, 3. validate (with
+    what was trained or aggregated), 4. record, 5. checkpoint.
     """
     config = experiment.config
     checkpoint: Path | None = None
@@ -176,6 +176,8 @@ def run_rounds(
         started = time.perf_counter()
         is_last = round_num == num_rounds
         due = round_num % config.evaluation.every == 0 or is_last
+        if due and config.evaluation.on_aggregated:
+            runtime.deliver(round_num + 1)  # what opens the next round; a checkpoint keeps what was ranked
         evaluations = runtime.evaluate("valid", round_num, choose=True) if due else []
         seconds = result.seconds | {"evaluate": time.perf_counter() - started}
         is_best = _advance(progress, round_num, result, evaluations, seconds)

@@ -27,8 +27,12 @@ class Secrets:
 
 
 def secrets(client: Client) -> Secrets:
-    """Collect a client's relation embeddings, features and triples, in local and global ids, in rows and columns."""
-    relations = client.values.params["relation"].detach().numpy().reshape(-1, client.model.dim)
+    """Collect a client's features and triples, in local and global ids, in rows and columns, and its private rows.
+
+    These are the relation embeddings; of a strategy that declares to share relations, the entity embeddings.
+    """
+    private = "relation" if client.strategy.shares == "entity" else "global/entity"
+    rows = client.values.params[private].detach().numpy().reshape(-1, client.values.params[private].shape[-1])
     features = [row for item in client.data.features.values() for row in item.values]
     triples: set[bytes] = set()
     for group in client.data.groups:
@@ -39,7 +43,7 @@ def secrets(client: Client) -> Secrets:
                 triples |= _patterns([ids[:, 0], ids[:, 2]], np.int64, 6)
     return Secrets(
         {
-            "relation embedding": _patterns(list(relations), np.float16, NUM_TOGETHER),
+            f"{private.removeprefix('global/')} embedding": _patterns(list(rows), np.float16, NUM_TOGETHER),
             "raw feature": _patterns(features, np.float16, NUM_TOGETHER),
         },
         {"triple": triples},

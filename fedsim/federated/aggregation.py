@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsim.config import CommunicationConfig
 from fedsim.errors import RunError
 from fedsim.federated.compression import check_rows, decode_message
-from fedsim.federated.messages import ClientUpdate, SoftQueries, check_finite
+from fedsim.federated.messages import ClientUpdate, SentRows, SoftQueries, check_finite
 
 FRACTION_BITS = 40
 SCALE = float(1 << FRACTION_BITS)
@@ -131,6 +131,7 @@ class SumShape:
         num_clients: of the federation.
         num_triples: training triples of all clients.
         communication: precision and share of the rows that updates bring.
+        keeps_rows: whether each client's rows are kept beside their sum.
     """
 
     num_entities: int
@@ -139,6 +140,7 @@ class SumShape:
     num_clients: int
     num_triples: int
     communication: CommunicationConfig
+    keeps_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class PartialSums:
         tokens: fixed-point sums of projected tokens, int64 [num_modalities, num_entities, dim].
         token_counts: int64 [num_modalities, num_entities].
         soft_queries: client -> its soft queries, which are not summed.
+        rows: client -> its rows, if the server keeps them; else empty.
         seconds: of checking and summing, of the slowest actor.
     """
 
@@ -167,11 +170,12 @@ class PartialSums:
     tokens: Tensor
     token_counts: Tensor
     soft_queries: dict[int, SoftQueries]
+    rows: dict[int, SentRows]
     seconds: float
 
 
 class RoundSums:
-    """All that is summed in a round; its memory does not grow with the cohort (but for soft queries).
+    """All that is summed in a round; its memory does not grow with the cohort (but for soft queries and kept rows).
 
     Args:
         shape: of the federation.
@@ -185,6 +189,7 @@ class RoundSums:
         self.modules = ModuleMean()
         self.tokens = [RowMean(shape.num_entities, shape.dim) for _ in range(shape.num_modalities)]
         self.soft_queries: dict[int, SoftQueries] = {}
+        self.kept: dict[int, SentRows] = {}
         self.received: set[int] = set()
         self.own_seconds = self.merged_seconds = 0.0
 
@@ -213,6 +218,8 @@ class RoundSums:
                 start += len(rows)
         if update.soft_queries is not None:
             self.soft_queries[update.client] = update.soft_queries
+        if self.shape.keeps_rows:
+            self.kept[update.client] = SentRows(update.entity_ids, update.entity)
         self.received.add(update.client)
         self.own_seconds += time.perf_counter() - started
 
@@ -233,6 +240,7 @@ class RoundSums:
         for mean, total, counts in zip(self.tokens, partial.tokens, partial.token_counts, strict=True):
             mean.merge(total, counts)
         self.soft_queries |= partial.soft_queries
+        self.kept |= partial.rows
         self.received.update(partial.clients)
         self.merged_seconds = max(self.merged_seconds, partial.seconds)
         self.own_seconds += time.perf_counter() - started
@@ -254,6 +262,7 @@ class RoundSums:
             tokens,
             counts,
             self.soft_queries,
+            self.kept,
             self.seconds,
         )
 

@@ -13,6 +13,8 @@ from fedsim.data.clients import ClientData
 from fedsim.data.dataset import Triples
 from fedsim.errors import FedSimError, RunError
 from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples, summarise, weighted_mean
+from fedsim.federated.anchors import Anchors
+from fedsim.federated.combination import combined_scores
 from fedsim.federated.compression import Exchange
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, message_bytes
 from fedsim.federated.strategy import Strategy
@@ -23,8 +25,6 @@ from fedsim.models.optimizers import reset_state
 from fedsim.models.parameters import Params, select_view, with_prefix
 from fedsim.models.training import train_epochs
 from fedsim.randomness import torch_generator
-
-COMBINATIONS = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the global copy's scores beside the private model's
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Client:
         self.data, self.config, self.strategy, self.device = data, config, strategy, device
         self.model = ClientModel(config, {name: item.values.shape[1] for name, item in data.features.items()})
         self.entity_ids = torch.from_numpy(data.entity_ids)
+        self.shared_ids = torch.from_numpy(strategy.shared_ids(data))
         self.features = {
             name: ModalityInput(
                 torch.from_numpy(item.rows[item.visible]).to(device),
@@ -93,19 +94,26 @@ class Client:
             len(data.relation_ids), self._generator("init/relation", 0)
         ).to(device)
         self.prototypes: Prototypes | None = None
-        self.exchange = Exchange(config.communication, data.client, self.entity_ids)
-        self.combination: float | None = 0.5 if len(strategy.views) > 1 else None
+        self.exchange = Exchange(config.communication, data.client, self.shared_ids)
+        self.anchors = Anchors(strategy.anchors)
+        combinations = strategy.combinations
+        self.combination: float | None = combinations[len(combinations) // 2] if combinations else None
         self._imputations: dict[tuple[str, int], Imputation | None] = {}
-        if not strategy.federated:
+        if not strategy.federated or strategy.shares != "entity":
             self._init_view(strategy.views[0])
 
     def hello(self) -> ClientHello:
-        """Say which entities this client owns."""
-        return ClientHello(self.data.client, self.entity_ids, len(self.data.train))
+        """Say which entities (or relations, if those are shared) this client owns."""
+        return ClientHello(self.data.client, self.shared_ids, len(self.data.train))
+
+    def own_part(self, broadcast: Broadcast) -> Broadcast:
+        """Cut out of what the server published what this client is sent."""
+        return broadcast.for_client(self.data.client, self.shared_ids)
 
     def join(self, broadcast: Broadcast) -> None:
-        """Take the initial global model, so that every client has one before its first round."""
+        """Take the server's model outside a round: the first one, or the newest one to be ranked with."""
         self._receive(self.exchange.download(broadcast))
+        self._imputations.clear()
 
     def train(self, round_num: int, broadcast: Broadcast | None) -> tuple[ClientUpdate | None, ClientReport]:
         """Take part in a round alone; see `train_together`."""
@@ -121,6 +129,7 @@ class Client:
             broadcast = self.exchange.download(broadcast)
             self._receive(broadcast)
         self._imputations.clear()
+        self.values.anchors = self.anchors.begin_round(self.values.params)
         return broadcast
 
     def forget_imputations(self) -> None:
@@ -146,7 +155,7 @@ class Client:
         """
         tables = self._embeddings(round_num)
         can_choose = self.combination is not None and any(len(group.triples[split]) for group in self.data.groups)
-        options = COMBINATIONS if choose and can_choose else (self.combination,)
+        options = self.strategy.combinations if choose and can_choose else (self.combination,)
         try:
             tried = {weight: self._rank(split, tables, weight) for weight in options}
         except FedSimError as err:
@@ -209,6 +218,7 @@ class Client:
         if self.prototypes is not None:
             state |= {"prototypes/values": self.prototypes.values, "prototypes/present": self.prototypes.present}
         state |= with_prefix(self.exchange.state(), "exchange")
+        state |= with_prefix(self.anchors.state(), "anchors")
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -227,6 +237,7 @@ class Client:
         if "prototypes/values" in state:
             self.prototypes = Prototypes(whole["prototypes/values"], whole["prototypes/present"])
         self.exchange.load_state(select_view(state, "exchange"))
+        self.anchors.load_state(select_view(whole, "anchors"))
 
     def _generator(self, purpose: str, round_num: int) -> torch.Generator:
         return torch_generator(self.config.seed, purpose, round_num=round_num, client=self.data.client)
@@ -252,19 +263,24 @@ class Client:
 
     def _receive(self, broadcast: Broadcast) -> None:
         """Start the global copy anew from the server's model; a private model starts there once."""
-        own = self.values.params.get("global/entity")
-        params, self.prototypes = self.exchange.unpack(broadcast, own, self.prototypes)
+        own = self.strategy.shared_rows(self.values.params)
+        arrived, self.prototypes = self.exchange.unpack(broadcast, own, self.prototypes)
+        params = self.strategy.place_rows(arrived, self.values.params)
         for view in self.strategy.views:
             if view == "global" or f"{view}/entity" not in self.values.params:
                 self._set_view(view, params)
 
     def end_round(self) -> None:
-        """Free the optimiser state that the next round starts without."""
+        """Free what the next round starts without: anchors and optimiser state."""
+        self.values.anchors = {}
+        self.anchors.end_round(self.values.params)
         reset = self.config.training.reset_optimizer
         if reset == "always":
             reset_state(self.values.optimizer)
         elif reset == "global":
             reset_state(self.values.optimizer, "global/")
+            if self.strategy.shares == "relation":
+                reset_state(self.values.optimizer, "relation")
 
     def update(self, round_num: int) -> ClientUpdate:
         """Assemble the message to the server: the global copy, with the averaged denoiser, and the extras."""
@@ -277,14 +293,15 @@ class Client:
             self._generator("extras", round_num),
         )
         modules = {name: value.cpu().clone() for name, value in self._view("global").items() if name != "entity"}
-        entity = self.values.params["global/entity"].cpu().clone()
+        rows = self.strategy.shared_rows(self.values.params)
+        assert rows is not None, "a client that trained has rows"
         return self.exchange.upload(
             ClientUpdate(
                 self.data.client,
                 round_num,
                 len(self.data.train),
-                self.entity_ids,
-                entity,
+                self.shared_ids,
+                rows.cpu().clone(memory_format=torch.contiguous_format),
                 modules,
                 extras.token_present.cpu() if extras.token_present is not None else None,
                 extras.tokens.cpu() if extras.tokens is not None else None,
@@ -306,19 +323,9 @@ class Client:
     def _scores(
         self, tables: Mapping[str, Tensor], weight: float | None, entity: Tensor, relation: Tensor, inverse: bool
     ) -> Tensor:
-        """Score by one view, or by weight * global copy + (1 - weight) * private model."""
         relations = self.values.params["relation"]
-        entity, relation = entity.to(self.device), relation.to(self.device)
-        total: Tensor | None = None
-        for view, table in tables.items():
-            share = 1.0 if weight is None else weight if view == "global" else 1 - weight
-            if share == 0:
-                continue
-            queries = self.model.queries(table, relations, entity, relation, inverse=inverse)
-            scores = share * self.model.scores(queries, table)
-            total = scores if total is None else total + scores
-        assert total is not None, "the shares of the views add up to one"
-        return total
+        query = entity.to(self.device), relation.to(self.device)
+        return combined_scores(self.model, relations, tables, weight, *query, inverse=inverse)
 
 
 def train_together(
@@ -338,7 +345,9 @@ def train_together(
     broadcasts = [client.begin_round(broadcast) for client, broadcast in zip(clients, broadcasts, strict=True)]
     model, strategy = clients[0].model, clients[0].strategy
     members = [client.member(round_num) for client in clients]
-    losses = train_epochs(model, strategy.views, members, lambda forwards: strategy.couple(round_num, forwards))
+    losses = train_epochs(
+        model, strategy.views, members, lambda step: strategy.couple(round_num, step), strategy.relation_views
+    )
     for client in clients:
         client.end_round()
     updates: list[ClientUpdate | None] = [None] * len(clients)

@@ -16,7 +16,7 @@ def train_clients(
         round_num: the round, from 1.
         broadcast: what the server published, of which each client gets its part; None without federation.
     """
-    sent = [None if broadcast is None else broadcast.for_entities(client.entity_ids) for client in clients]
+    sent = [None if broadcast is None else client.own_part(broadcast) for client in clients]
     return train_together(clients, round_num, sent)
 
 

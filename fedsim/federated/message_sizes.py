@@ -29,6 +29,7 @@ class MessageSizes:
         self.model = ClientModel(config, feature_dims)
         self.dtype = torch.float16 if config.communication.dtype == "float16" else torch.float32
         drawn = self.model.init_modules(torch.Generator())
+        self.width = strategy.init_rows(self.model, 1, torch.Generator()).shape[1]
         self.modules = {name: self._floats(*value.shape) for name, value in drawn.items()}
 
     def per_round(self, data: ClientData) -> npt.NDArray[np.int64]:
@@ -43,7 +44,8 @@ class MessageSizes:
             return found
         known: dict[tuple[int | None, bool], int] = {}
         for round_num in range(1, num_rounds + 1):
-            key = (num_rows_sent(self.config.communication, round_num, len(data.entity_ids)), round_num > 1)
+            num_shared = len(self.strategy.shared_ids(data))
+            key = (num_rows_sent(self.config.communication, round_num, num_shared), round_num > 1)
             if key not in known:
                 known[key] = self._both_ways(data, *key)
             found[round_num - 1] = known[key]
@@ -53,8 +55,8 @@ class MessageSizes:
         """Measure messages of the right shapes; their tensors hold no memory."""
         model, num_entities, num_modalities = self.model, len(data.entity_ids), self.model.num_tokens - 1
         rows = None if num_rows is None else _integers(num_rows)
-        num_rows = num_entities if num_rows is None else num_rows
-        entity = self._floats(num_rows, model.dim)
+        num_rows = len(self.strategy.shared_ids(data)) if num_rows is None else num_rows
+        entity = self._floats(num_rows, self.width)
         prototypes = present = tokens = soft = None
         if self.strategy.sends_prototypes and model.imputes:
             if has_prototypes:

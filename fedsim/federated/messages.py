@@ -1,9 +1,11 @@
 """The messages between clients and server: all that ever leaves either side (method.md section 5).
 
-A field that is not declared here cannot be sent. No triple, relation embedding, raw feature, text or picture is.
+A field that is not declared here cannot be sent. No triple, raw feature, text or picture is. A strategy declares what
+its rows belong to (`Strategy.shares`): with ``entity`` no relation embedding is sent, with ``relation`` (FedR) no
+entity row; ids and rows of a message are then those of relations.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ class PrototypeTable:
 class Broadcast:
     """Server to clients, once per round.
 
-    As published by the server it covers all entities; `for_entities` cuts out what one client is sent.
+    As published by the server it covers all entities; `for_client` cuts out what one client is sent.
 
     Attributes:
         round_num: the round, from 1.
@@ -44,6 +46,7 @@ class Broadcast:
         modules: shared modules.
         prototypes: or None if the strategy has none (yet).
         rows: positions of the rows and prototypes among the client's entities, int64 [num_rows]; None if all are there.
+        personal: client -> structure rows of its own, which it is sent in place of G's; None if all are sent G's.
     """
 
     round_num: int
@@ -51,9 +54,16 @@ class Broadcast:
     modules: Params
     prototypes: PrototypeTable | None
     rows: Tensor | None = None
+    personal: dict[int, Tensor] | None = None
+
+    def for_client(self, client: int, ids: Tensor) -> "Broadcast":
+        """Keep what one client is sent: the rows of its ids, int64 [num_rows], from its own table if it has one."""
+        cut = self.for_entities(ids)
+        own = (self.personal or {}).get(client)
+        return cut if own is None else replace(cut, entity=own)
 
     def for_entities(self, entity_ids: Tensor) -> "Broadcast":
-        """Keep the rows of one client's entities, int64 [num_entities]."""
+        """Keep G's rows of some entities, int64 [num_entities]."""
         prototypes = self.prototypes.for_entities(entity_ids) if self.prototypes is not None else None
         return Broadcast(self.round_num, self.entity[entity_ids], self.modules, prototypes)
 
@@ -71,6 +81,19 @@ class SoftQueries:
     queries: Tensor
     candidates: Tensor
     log_labels: Tensor
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """A client's rows apart from all sums, for a server that keeps them.
+
+    Attributes:
+        ids: global ids, sorted, int64 [num_rows].
+        values: [num_rows, dim].
+    """
+
+    ids: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,10 @@ class Runtime(Protocol):
         """Broadcast, train the cohort, aggregate and distil."""
         ...
 
+    def deliver(self, round_num: int) -> None:
+        """Give every client the server's model, as it goes out in a round; without federation there is none."""
+        ...
+
     def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
         """Rank every client's triples of a split; results in client order."""
         ...
@@ -162,12 +166,10 @@ class InProcessRuntime:
         ]
         self.server: Server | None = None
         if strategy.federated:
-            self.server = Server(config, strategy, experiment.num_entities, experiment.feature_dims)
+            self.server = Server(config, strategy, num_shared(experiment), experiment.feature_dims)
             for client in self.clients.values():
                 self.server.register(client.hello())
-            welcome = self.server.begin_round(0)
-            for client in self.clients.values():
-                client.join(welcome.for_entities(client.entity_ids))
+            self.deliver(0)
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
         """Train the cohort batch by batch; each update is added to the server's sums as it comes."""
@@ -185,6 +187,14 @@ class InProcessRuntime:
             return RoundResult(reports, None, {"train": elapsed})
         server = self.server.finish_round()
         return RoundResult(reports, server, phase_seconds(elapsed, server))
+
+    def deliver(self, round_num: int) -> None:
+        """Give every client the server's model."""
+        if self.server is None:
+            return
+        broadcast = self.server.begin_round(round_num)
+        for client in self.clients.values():
+            client.join(client.own_part(broadcast))
 
     def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
         """Rank every client's triples of a split."""
@@ -245,6 +255,13 @@ class InProcessRuntime:
 def client_sizes(experiment: Experiment) -> dict[int, ClientSize]:
     """Return the size of each client."""
     return {data.client: ClientSize(len(data.entity_ids), len(data.train)) for data in experiment.clients}
+
+
+def num_shared(experiment: Experiment) -> int:
+    """Return the size of the global id space of what clients share: entities, or relations."""
+    if make_strategy(experiment.config).shares == "entity":
+        return experiment.num_entities
+    return 1 + max(int(data.relation_ids.max()) for data in experiment.clients)
 
 
 def sampled(batches: Iterable[Sequence[int]], cohort: Iterable[int]) -> list[tuple[int, ...]]:

@@ -40,18 +40,19 @@ class Server:
     Args:
         config: the experiment.
         strategy: says what is distilled.
-        num_entities: size of the global id space.
+        num_rows: size of the global id space of what is shared: entities, or relations.
         feature_dims: modality -> width of its features.
     """
 
-    def __init__(self, config: Config, strategy: Strategy, num_entities: int, feature_dims: Mapping[str, int]) -> None:
+    def __init__(self, config: Config, strategy: Strategy, num_rows: int, feature_dims: Mapping[str, int]) -> None:
         self.config, self.strategy = config, strategy
         self.model = ClientModel(config, feature_dims)
         generator = torch_generator(config.seed, "init/global")
-        entity = self.model.init_entities(num_entities, generator)
+        entity = strategy.init_rows(self.model, num_rows, generator)
         self.global_model = GlobalModel(entity, self.model.init_modules(generator), None)
         self.ownership: dict[int, Tensor] = {}
         self.num_triples: dict[int, int] = {}
+        self.client_rows: dict[int, Tensor] = {}  # of each client's last round, if the strategy keeps them
         self._open_round(0)
 
     def register(self, hello: ClientHello) -> None:
@@ -63,7 +64,8 @@ class Server:
         """Open a round and publish the global model."""
         self._open_round(round_num)
         model = self.global_model
-        return Broadcast(round_num, model.entity, model.modules, model.prototypes)
+        personal = self.strategy.personal_rows(self.ownership, self.client_rows)
+        return Broadcast(round_num, model.entity, model.modules, model.prototypes, personal=personal)
 
     def receive(self, update: ClientUpdate) -> None:
         """Add one client's update to the sums, in any order; see `RoundSums.add`."""
@@ -90,6 +92,7 @@ class Server:
         entity = sums.rows.result(old.entity)
         modules = sums.modules.result(old.modules)
         averaged = GlobalModel(entity, modules, self._prototypes())
+        self._keep_rows()
         aggregate_seconds = sums.seconds + time.perf_counter() - started
         started = time.perf_counter()
         queries = [sums.soft_queries[client] for client in sorted(sums.soft_queries)]
@@ -100,13 +103,14 @@ class Server:
         return report
 
     def state(self) -> Params:
-        """Return the global model as one flat dict of tensors."""
+        """Return the global model, and the clients' rows if they are kept, as one flat dict of tensors."""
         model = self.global_model
         state = {"entity": model.entity, **with_prefix(model.modules, "modules")}
         if model.prototypes is not None:
             table = model.prototypes
             state |= {"prototypes/values": table.values, "prototypes/counts": table.counts}
             state["prototypes/rounds"] = table.rounds
+        state |= {f"clients/{client:05d}": rows for client, rows in self.client_rows.items()}
         return {name: value.detach().contiguous() for name, value in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -117,6 +121,7 @@ class Server:
                 state["prototypes/values"], state["prototypes/counts"], state["prototypes/rounds"]
             )
         self.global_model = GlobalModel(state["entity"], select_view(state, "modules"), prototypes)
+        self.client_rows = {int(client): rows for client, rows in select_view(state, "clients").items()}
 
     def sum_shape(self) -> SumShape:
         """Return what sums need to know, once all clients are registered."""
@@ -124,10 +129,25 @@ class Server:
         prototyping = self.strategy.sends_prototypes and self.model.imputes
         num_modalities = self.model.num_tokens - 1 if prototyping else 0
         num_clients, num_triples = len(self.num_triples), sum(self.num_triples.values())
-        return SumShape(num_entities, dim, num_modalities, num_clients, num_triples, self.config.communication)
+        return SumShape(
+            num_entities,
+            dim,
+            num_modalities,
+            num_clients,
+            num_triples,
+            self.config.communication,
+            self.strategy.keeps_rows,
+        )
 
     def _open_round(self, round_num: int) -> None:
         self.sums = RoundSums(self.sum_shape(), round_num, self.ownership)
+
+    def _keep_rows(self) -> None:
+        """Take over the rows that clients sent; what a client has never sent is the server's, which it started from."""
+        for client, sent in self.sums.kept.items():
+            owned = self.ownership[client]
+            known = self.client_rows.get(client, self.global_model.entity[owned])
+            self.client_rows[client] = known.index_copy(0, torch.searchsorted(owned, sent.ids), sent.values)
 
     def _prototypes(self) -> PrototypeTable | None:
         """Renew the prototypes of this round's senders and keep the others (eq. 11)."""

@@ -35,11 +35,13 @@ class ClientValues:
         params: ``relation`` and ``<view>/<name>`` for each view.
         optimizer: see `fedsim.models.optimizers`.
         ema: ``<view>/imputer.*``, the moving average that imputes and is federated.
+        anchors: constants of the round that a strategy asks for, see `Strategy.anchors`; else empty.
     """
 
     params: Params = field(default_factory=dict)
     optimizer: Params = field(default_factory=dict)
     ema: Params = field(default_factory=dict)
+    anchors: Params = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class ClientStack:
             self.shape.stack([member.values.params for member in members]),
             self.shape.stack([member.values.optimizer for member in members]),
             self.shape.stack([member.values.ema for member in members]),
+            self.shape.stack([member.values.anchors for member in members]),
         )
         self.entities = stack_entities(self.shape, [member.inputs.entities for member in members])
 

@@ -5,7 +5,7 @@ says which views are trained and adds a coupling term between them; it never cop
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,48 +19,7 @@ from fedsim.models.losses import n3_penalty
 from fedsim.models.negatives import candidate_scores, draw_negatives, used_rows
 from fedsim.models.optimizers import OPTIMIZERS
 from fedsim.models.parameters import Params, select_view, take_rows
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step asks of its clients; ... is nothing for one client, and [clients] for a stack.
-
-    Attributes:
-        triples: int64 [..., batch, 3]; clients with fewer triples are padded.
-        weight: of each query, [..., num_sides * batch]; sums to 1 over a client's queries, 0 where padded.
-        negatives: of each query, int64 [..., num_sides * batch, num_negatives], or [..., 1, num_negatives] if all
-            queries of a client share them; None to score all entities.
-        draws: view -> what its imputer drew.
-        keep: view -> which numbers of the queries dropout keeps, bool [..., num_parts, num_sides * batch, dim].
-    """
-
-    triples: Tensor
-    weight: Tensor
-    negatives: Tensor | None
-    draws: dict[str, Draws]
-    keep: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One view's pass over one batch, for the loss terms and the coupling; ... as in `Batch`.
-
-    Attributes:
-        tokens: the hyper-modal embeddings, [..., num_tokens, num_entities, dim].
-        logits: [..., num_queries, num_candidates].
-        target: int64 [..., num_queries], column of the true answer.
-        weight: of each query, [..., num_queries].
-        losses: the view's own weighted terms, [...].
-    """
-
-    tokens: TokenTable
-    logits: Tensor
-    target: Tensor
-    weight: Tensor
-    losses: dict[str, Tensor]
-
-
-Coupling = Callable[[Mapping[str, Forward]], dict[str, Tensor]]
+from fedsim.models.steps import Batch, Coupling, Forward, Step
 
 
 @dataclass(frozen=True)
@@ -83,7 +42,11 @@ class _Epoch:
 
 
 def train_epochs(
-    model: ClientModel, views: tuple[str, ...], members: Sequence[Member], coupling: Coupling
+    model: ClientModel,
+    views: tuple[str, ...],
+    members: Sequence[Member],
+    coupling: Coupling,
+    relation_views: tuple[str, ...] | None = None,
 ) -> list[dict[str, float]]:
     """Train the clients of a batch for `local_epochs` epochs; their values are updated in place.
 
@@ -91,7 +54,8 @@ def train_epochs(
         model: the model's functions.
         views: views to train.
         members: the clients; several are stacked and take their steps together.
-        coupling: extra loss terms from the views' passes.
+        coupling: the strategy's own loss terms.
+        relation_views: views whose loss trains the relation table that all share; None for all.
 
     Returns:
         For each member, the mean of each loss term over its steps, and ``total``.
@@ -118,7 +82,7 @@ def train_epochs(
             if epoch.num_active(step) != len(part):
                 part = stack.first(epoch.num_active(step))
             batch = _draw_batch(part, epoch, step, shuffles, noise, dropout)
-            losses = train_step(part, views, batch, epoch, coupling)
+            losses = train_step(part, views, batch, epoch, coupling, relation_views)
             assert part.values.optimizer.keys() == stack.values.optimizer.keys(), "a first step is one of all clients"
             num_steps[: len(part)] += 1
             update_ema(part.values, model.config.diffusion.ema_decay, num_steps[: len(part)].tolist())
@@ -216,16 +180,30 @@ def _draw_step(model: ClientModel, member: Member, hidden: Tensor | None, genera
 
 
 def train_step(
-    stack: ClientStack, views: tuple[str, ...], batch: Batch, epoch: _Epoch, coupling: Coupling
+    stack: ClientStack,
+    views: tuple[str, ...],
+    batch: Batch,
+    epoch: _Epoch,
+    coupling: Coupling,
+    relation_views: tuple[str, ...] | None = None,
 ) -> dict[str, Tensor]:
     """Take one optimiser step; returns the loss terms, [...]. RunError if one is not finite."""
     values = stack.values
     leaves = {name: value.detach().requires_grad_() for name, value in values.params.items()}
+    constant = leaves | {"relation": values.params["relation"]}
     forwards = {
-        view: forward_view(stack, leaves, view, batch, epoch.hidden[view], epoch.imputations[view]) for view in views
+        view: forward_view(
+            stack,
+            leaves if relation_views is None or view in relation_views else constant,
+            view,
+            batch,
+            epoch.hidden[view],
+            epoch.imputations[view],
+        )
+        for view in views
     }
     losses = {f"{view}/{name}": loss for view in views for name, loss in forwards[view].losses.items()}
-    losses |= coupling(forwards)
+    losses |= coupling(Step(forwards, leaves, values.anchors, stack.real, stack.apply))
     # The clients of a stack share no parameter, so the sum's gradient is that of each client's own loss.
     total = torch.stack([loss.sum() for loss in losses.values()]).sum()
     if not math.isfinite(float(total.detach())):

@@ -84,6 +84,18 @@ PLACEMENTS = [
         2,
         id="smaller messages and simulated participation, 5 clients in 2 actors",
     ),
+    pytest.param(
+        {"federation__strategy": "pfedeg", "federation__cohort_size": 2, "evaluation__evaluate_on": "aggregated"},
+        {"placement": "pooled", "num_actors": 2},
+        2,
+        id="a table for each client, ranked as aggregated, 3 clients in 2 actors",
+    ),
+    pytest.param(
+        {"federation__strategy": "fedr", "evaluation__protocol": "fede"},
+        {"placement": "dedicated"},
+        3,
+        id="relations federated, FedE's protocol, 3 clients, dedicated",
+    ),
 ]
 
 

@@ -1,5 +1,6 @@
 """What leaves a client (method.md section 1): no triple, relation embedding, raw feature, text or picture.
 
+A strategy that declares to share relation embeddings (FedR) is held to keep entity embeddings at home instead.
 Every message of a run is recorded and searched for the bytes of what is private, in several orders and number
 formats; leaks planted on purpose show that the search finds them. The declared fields and the types of the actors'
 methods are held to a list, so that a new way out cannot open unseen.
@@ -24,10 +25,11 @@ from actors.server import _ServerActor
 from builders import write_tiny_dataset
 from fedsim.evaluation.consistency import ConsistencySums
 from fedsim.evaluation.ranking import RankingMetrics
+from fedsim.federated import STRATEGIES
 from fedsim.federated.aggregation import PartialSums, encode
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
 from fedsim.federated.client_batch import train_clients
-from fedsim.federated.messages import ClientHello, ClientUpdate, SoftQueries
+from fedsim.federated.messages import ClientHello, ClientUpdate, SentRows, SoftQueries
 from fedsim.federated.runtime import Experiment, InProcessRuntime, prepare
 from leak_search import Secrets, leaks, leaves, secrets
 from runs import small_config
@@ -46,6 +48,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "soft_queries": "SoftQueries | None",
     },
     SoftQueries: {"queries": "Tensor", "candidates": "Tensor", "log_labels": "Tensor"},
+    SentRows: {"ids": "Tensor", "values": "Tensor"},
     ClientReport: {
         "client": "int",
         "losses": "dict[str, float]",
@@ -64,6 +67,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "tokens": "Tensor",
         "token_counts": "Tensor",
         "soft_queries": "dict[int, SoftQueries]",
+        "rows": "dict[int, SentRows]",
         "seconds": "float",
     },
     ConsistencySums: {"owners": "Tensor", "units": "dict[str, Tensor]", "squares": "dict[str, Tensor]"},
@@ -155,6 +159,43 @@ def test_no_message_of_a_run_holds_what_is_private(experiment: Experiment, recor
     assert len(recorder.messages) == 3 + 9 + 9
     assert all(update.tokens is not None and update.soft_queries is not None for update in sent)
     assert recorder.leaks() == []
+
+
+@pytest.mark.parametrize("strategy", [name for name, kind in STRATEGIES.items() if kind.federated])
+def test_no_strategy_sends_more_than_it_declares(strategy: str, tmp_path: Path, recorder: Recorder) -> None:
+    """Entities or relations cross, never both; what the server publishes for a client is searched as well."""
+    settings = {"federation__strategy": strategy, "model__dim": 18}
+    dataset = write_tiny_dataset(tmp_path / "tiny")
+    runtime = InProcessRuntime(prepare(small_config(dataset, tmp_path / "unused", **settings)))
+    assert runtime.server is not None
+    for round_num in (1, 2):
+        runtime.train(round_num, [0, 1, 2])
+    for client in runtime.clients.values():
+        shared = client.data.relation_ids if STRATEGIES[strategy].shares == "relation" else client.data.entity_ids
+        held = secrets(client)
+        for update in [message for message, _ in recorder.messages if isinstance(message, ClientHello)]:
+            if update.client == client.data.client:
+                assert update.entity_ids.tolist() == shared.tolist()
+        part = client.own_part(runtime.server.begin_round(3))
+        assert leaks(part, held) == []
+        assert part.entity.shape[0] == len(shared)
+    assert recorder.leaks() == []
+
+
+def test_an_entity_row_of_fedr_is_found(tmp_path: Path) -> None:
+    """The other way round: what is common of the other strategies is a leak there, and relations are none."""
+    settings = {"federation__strategy": "fedr", "model__dim": 18}
+    dataset = write_tiny_dataset(tmp_path / "tiny")
+    runtime = InProcessRuntime(prepare(small_config(dataset, tmp_path / "unused", **settings)))
+    assert runtime.server is not None
+    client = runtime.clients[1]
+    update, _ = client.train(1, client.own_part(runtime.server.begin_round(1)))
+    assert update is not None
+    held = secrets(client)
+    assert leaks(update, held) == []
+    rows = client.values.params["global/entity"]
+    for bad in (_plant(update, entity=rows), _plant(update, modules=update.modules | {"x": rows[3:4].half()})):
+        assert any("entity embedding" in leak for leak in leaks(bad, held))
 
 
 def test_arrays_of_ids_name_entities_and_nothing_else(experiment: Experiment, recorder: Recorder) -> None:

@@ -10,6 +10,8 @@ from builders import tiny_graph
 from experiments import COUPLINGS, small_runtime
 from fedsim.errors import RunError
 from fedsim.federated.client import Client, impute_together, train_together
+from fedsim.models.fusion import FUSIONS
+from fedsim.models.scorers import SCORERS
 from fedsim.models.stacking import StackShape, over_clients, pad_stack
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,7 +35,31 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "HidE, epsilon": {"federation.strategy": "fede", "diffusion.prediction": "epsilon", "diffusion.hide_rate": 0.3},
     "MMFeD3-HidE": {"federation.strategy": "mmfed3", **{f"distillation.{name}": 0.5 for name in COUPLINGS}},
-    "split fusion": {"federation.strategy": "mmfed3", "model.fusion": "split"},
+    **{
+        name: {"federation.strategy": name, "model.imputer": "zero", "model.fusion": "split"}
+        for name in ("fedprox", "fedec", "fedlu", "fedr", "pfedeg")
+    },
+    **{
+        f"{name} fusion": {
+            "federation.strategy": "mmfed3",
+            "model.imputer": "zero",
+            "model.fusion": name,
+            "model.dropout": 0.3,
+        }
+        for name in FUSIONS
+        if name not in ("gate", "none")
+    },
+    **{
+        f"{name} fusion, distances, weights by entropy": {
+            "federation.strategy": "mmfed3",
+            "model.imputer": "zero",
+            "model.fusion": name,
+            "model.scorer": "transe",
+            "training.loss": "self_adversarial",
+            "training.negative_weighting": "entropy",
+        }
+        for name in ("ikrl", "tbkgc")
+    },
     "shared negatives": {
         "federation.strategy": "fede",
         "training.loss": "self_adversarial",
@@ -45,7 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "model.scorer": scorer,
             "training.loss": "self_adversarial",
         }
-        for scorer in ("transe", "distmult", "complex", "rotate")
+        for scorer in SCORERS
     },
 }
 
@@ -63,7 +89,7 @@ def _clients(overrides: dict[str, Any], rounds: int, size: int) -> tuple[list[Cl
         results = []
         for start in range(0, len(clients), size):
             part = clients[start : start + size]
-            results += train_together(part, round_num, [broadcast.for_entities(c.entity_ids) for c in part])
+            results += train_together(part, round_num, [client.own_part(broadcast) for client in part])
         losses = [report.losses for _, report in results]
         for update, _ in results:
             assert update is not None

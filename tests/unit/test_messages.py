@@ -10,6 +10,7 @@ from fedsim.federated.messages import (
     ClientHello,
     ClientUpdate,
     PrototypeTable,
+    SentRows,
     SoftQueries,
     check_finite,
     message_bytes,
@@ -56,6 +57,16 @@ def test_a_client_is_sent_its_own_rows() -> None:
     assert Broadcast(0, whole.entity, {}, None).for_entities(torch.tensor([0])).prototypes is None
 
 
+def test_a_client_is_sent_its_own_table_if_there_is_one() -> None:
+    """Client 7 has a table of its own, of which nothing goes to client 8, who is sent the common rows."""
+    whole = Broadcast(4, torch.arange(5.0).view(5, 1), {}, None, personal={7: torch.tensor([[9.0], [8.0]])})
+    ids = torch.tensor([1, 3])
+    for client, expected in ((7, [9.0, 8.0]), (8, [1.0, 3.0])):
+        cut = whole.for_client(client, ids)
+        assert cut.entity.flatten().tolist() == expected
+        assert cut.personal is None
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("field", ["entity", "modules.w", "tokens", "soft_queries", "soft_queries.log_labels"])
 def test_what_is_not_finite_is_named(field: str, bad: float) -> None:
@@ -79,7 +90,8 @@ def test_what_is_not_finite_is_named(field: str, bad: float) -> None:
 
 def test_messages_have_no_field_for_what_is_private() -> None:
     """Private are triples, relations, raw features, texts and pictures. A new field must be thought about here."""
-    names = {cls.__name__: [item.name for item in dataclasses.fields(cls)] for cls in (ClientUpdate, ClientHello)}
+    classes = (ClientUpdate, ClientHello, SentRows)
+    names = {cls.__name__: [item.name for item in dataclasses.fields(cls)] for cls in classes}
     assert names == {
         "ClientUpdate": [
             "client",
@@ -93,4 +105,5 @@ def test_messages_have_no_field_for_what_is_private() -> None:
             "soft_queries",
         ],
         "ClientHello": ["client", "entity_ids", "num_triples"],
+        "SentRows": ["ids", "values"],
     }

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from builders import tiny_graph
-from experiments import COUPLINGS, generator, small_config, small_experiment, small_runtime, token_table
+from experiments import COUPLINGS, generator, small_config, small_runtime, token_table
 from fedsim.federated.messages import PrototypeTable, SoftQueries
 from fedsim.federated.mmfed3 import MMFeD3
-from fedsim.federated.runtime import InProcessRuntime, make_client, make_strategy
+from fedsim.federated.runtime import InProcessRuntime, make_strategy
 from fedsim.federated.server_distillation import distil_global_model, global_tokens
 from fedsim.federated.strategy import GlobalModel
 from fedsim.models.client_model import ClientModel
 from fedsim.models.imputers import TokenTable
-from fedsim.models.training import Forward
+from fedsim.models.steps import Forward, Step
 
 OFF = {f"distillation.{name}": 0.0 for name in (*COUPLINGS, "prototype")}
 
@@ -28,6 +28,11 @@ def _strategy(**weights: Any) -> MMFeD3:
 def _forward(logits: Tensor, tokens: TokenTable) -> Forward:
     weight = torch.full((len(logits),), 1 / len(logits))
     return Forward(tokens, logits, torch.zeros(len(logits), dtype=torch.int64), weight, {})
+
+
+def _couple(strategy: MMFeD3, round_num: int, views: dict[str, Forward]) -> dict[str, Tensor]:
+    """The strategy's terms of a step in which nothing but the views' passes is known."""
+    return strategy.couple(round_num, Step(views, {}, {}, None, lambda function, *arguments: function(*arguments)))
 
 
 def _leaves() -> dict[str, Forward]:
@@ -52,7 +57,7 @@ def test_the_logit_terms_by_hand() -> None:
     skewed = _forward(torch.tensor([[2 * math.log(3), 0.0]]), tokens)
     even = _forward(torch.zeros(1, 2), tokens)
     strategy = _strategy(logit_to_client=0.5, logit_to_global=0.25, temperature=2.0)
-    losses = strategy.couple(1, {"local": even, "global": skewed})
+    losses = _couple(strategy, 1, {"local": even, "global": skewed})
     assert float(losses["logit_to_client"]) == pytest.approx(0.261624, rel=1e-5), "the global copy p teaches"
     assert float(losses["logit_to_global"]) == pytest.approx(0.143841, rel=1e-5), "the private model q teaches"
 
@@ -66,7 +71,7 @@ def test_the_feature_terms_by_hand() -> None:
         name: _forward(torch.zeros(1, 2), TokenTable(values, mask))
         for name, values in (("local", own), ("global", shared))
     }
-    losses = _strategy(feature_to_client=0.5, feature_to_global=2.0).couple(1, views)
+    losses = _couple(_strategy(feature_to_client=0.5, feature_to_global=2.0), 1, views)
     assert float(losses["feature_to_client"]) == pytest.approx(0.5)
     assert float(losses["feature_to_global"]) == pytest.approx(2.0)
 
@@ -75,7 +80,7 @@ def test_the_feature_terms_by_hand() -> None:
 def test_each_term_teaches_its_student_alone(name: str) -> None:
     """The teacher's side is behind a stop-gradient; a step against the gradient lowers the term."""
     views = _leaves()
-    losses = _strategy(**{name: 1.0}).couple(1, views)
+    losses = _couple(_strategy(**{name: 1.0}), 1, views)
     assert set(losses) == {name}, "the other terms are switched off by their weight"
     student, teacher = ("local", "global") if name.endswith("to_client") else ("global", "local")
     of = (lambda item: item.logits) if name.startswith("logit") else (lambda item: item.tokens.values)
@@ -87,7 +92,7 @@ def test_each_term_teaches_its_student_alone(name: str) -> None:
     assert float(gradient.abs().max()) > 0
     with torch.no_grad():
         of(views[student]).sub_(0.1 * gradient)
-    assert float(_strategy(**{name: 1.0}).couple(1, views)[name].detach()) < float(losses[name].detach())
+    assert float(_couple(_strategy(**{name: 1.0}), 1, views)[name].detach()) < float(losses[name].detach())
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.0), (0.0, 0.4), (0.7, 0.4)])
@@ -95,7 +100,7 @@ def test_the_logit_gradients_equal_those_of_the_formula(weights: tuple[float, fl
     """Eq. 9 written out with torch's own KL and stop-gradients gives the same values and gradients."""
     strategy = _strategy(logit_to_client=weights[0], logit_to_global=weights[1], temperature=1.5)
     ours, reference = _leaves(), _leaves()
-    torch.stack(list(strategy.couple(1, ours).values())).sum().backward()
+    torch.stack(list(_couple(strategy, 1, ours).values())).sum().backward()
     logs = {view: torch.log_softmax(item.logits / 1.5, 1) for view, item in reference.items()}
     total = torch.zeros(())
     for weight, student, teacher in ((weights[0], "local", "global"), (weights[1], "global", "local")):
@@ -113,46 +118,50 @@ def test_the_logit_gradients_equal_those_of_the_formula(weights: tuple[float, fl
 
 def test_equal_views_have_nothing_to_teach() -> None:
     views = _leaves()
-    losses = _strategy(**dict.fromkeys(COUPLINGS, 1.0)).couple(1, {"local": views["local"], "global": views["local"]})
+    losses = _couple(_strategy(**dict.fromkeys(COUPLINGS, 1.0)), 1, {"local": views["local"], "global": views["local"]})
     assert all(float(loss.detach()) == pytest.approx(0.0, abs=1e-6) for loss in losses.values())
 
 
 def test_the_terms_wait_for_the_warm_up() -> None:
     strategy = _strategy(**dict.fromkeys(COUPLINGS, 1.0), warmup_rounds=2)
-    assert strategy.couple(2, _leaves()) == {}
-    assert set(strategy.couple(3, _leaves())) == set(COUPLINGS)
+    assert _couple(strategy, 2, _leaves()) == {}
+    assert set(_couple(strategy, 3, _leaves())) == set(COUPLINGS)
 
 
 @pytest.mark.parametrize("imputer", ["zero", "diffusion"])
-def test_with_all_weights_zero_the_private_model_takes_the_step_of_local_training(imputer: str) -> None:
-    """From the same values, one step moves the private view to the bit as `local` does.
+@pytest.mark.parametrize("strategy", ["mmfed3", "fedlu"])
+def test_with_all_weights_zero_the_private_model_is_that_of_local_training(strategy: str, imputer: str) -> None:
+    """From the same values, three rounds end in the same bits of the private model, and in the same metrics.
 
-    One step and no more: the relation table is shared between the views, so the global copy's own loss moves it too,
-    and the views meet again through it in the second step. With the same relation table put back they go on alike.
+    Dropout, both clients and all rounds: nothing of the federation, not even the shared relations, reaches it. (HidE
+    also takes the server's prototypes as a condition; they are switched off.)
     """
-    settings = {**OFF, "model.imputer": imputer, "training.batch_size": 4096, "distillation.send_prototypes": False}
-    runtime = small_runtime({**settings, "distillation.server_steps": 0})
-    client = runtime.clients[0]
-    experiment = small_experiment({**settings, "federation.strategy": "local"})
-    alone = make_client(experiment.clients[0], experiment.config, torch.device("cpu"))
-    for values in (alone.values.params, alone.values.ema):
-        for name in values:
-            source = client.values.params if values is alone.values.params else client.values.ema
-            values[name] = source[name].clone()
-    shared = ("relation", *(f"{slot}/relation" for slot in ("first", "second")))
+    settings = {**OFF, "model.imputer": imputer, "model.dropout": 0.3, "distillation.send_prototypes": False}
+    runtime = small_runtime({**settings, "federation.strategy": strategy})
+    alone = small_runtime({**settings, "federation.strategy": "local"})
+    for number, client in alone.clients.items():
+        ours = runtime.clients[number].values
+        for values, source in ((client.values.params, ours.params), (client.values.ema, ours.ema)):
+            for name in values:
+                values[name] = source[name].clone()
     for round_num in (1, 2, 3):
-        runtime.train(round_num, [0])
-        alone.train(round_num, None)
-        for name, value in alone.values.params.items():
-            if name != "relation":
-                assert torch.equal(value, client.values.params[name]), (round_num, name)
-        for name in shared:  # put the relation table back to that of local training
-            for ours, theirs in (
-                (client.values.params, alone.values.params),
-                (client.values.optimizer, alone.values.optimizer),
-            ):
-                if name in ours:
-                    ours[name] = theirs[name].clone()
+        runtime.train(round_num, [0, 1])
+        alone.train(round_num, [0, 1])
+        for number, client in alone.clients.items():
+            ours = runtime.clients[number].values
+            for values, source in ((client.values.params, ours.params), (client.values.ema, ours.ema)):
+                assert all(torch.equal(value, source[name]) for name, value in values.items()), round_num
+    for client in runtime.clients.values():
+        client.combination = 0.0
+    found, expected = (each.evaluate("test", 3, choose=False) for each in (runtime, alone))
+    assert [item.metrics for item in found] == [item.metrics for item in expected]
+
+
+def test_with_any_weight_both_views_train_the_relations() -> None:
+    """The relation table is shared: a federation without coupling is told apart from one with some."""
+    assert _strategy().relation_views == ("local",)
+    for name in COUPLINGS:
+        assert _strategy(**{name: 0.1}).relation_views is None
 
 
 def test_the_private_model_never_comes_from_the_server_again() -> None:

@@ -97,7 +97,7 @@ def test_every_strategy_runs_to_its_end(strategy: str, data: Path) -> None:
         "result.json",
     }
     assert json.loads((result.folder / "result.json").read_text())["test"]["mrr"] == result.test.mrr
-    exchanges = strategy in ("fede", "mmfed3")
+    exchanges = STRATEGIES[strategy].federated
     assert (result.bytes_up > 0, result.bytes_down > 0) == (exchanges, exchanges)
     rows = RunFolder(result.folder).read_metrics()
     assert [row["round"] for row in rows if row["client"] is None] == [1, 2, 3]
