@@ -316,7 +316,7 @@ class Client:
         return self._imputations[view, round_num]
 
     def _embeddings(self, round_num: int) -> dict[str, Tensor]:
-        """Embed all entities under each view, [num_parts, num_entities, dim]."""
+        """Embed all entities under each view, [num_kinds, num_entities, dim]."""
         stack = ClientStack(self.model, [self.member(round_num)])
         return {view: stack.embed(view, self._imputation(view, round_num)) for view in self.strategy.views}
 

@@ -104,7 +104,7 @@ def _table_losses(
     tokens = global_tokens(model, entity[rows], prototypes)
     if imputation is not None:
         imputation = Imputation(imputation.values[:, rows], imputation.uncertainty[:, rows])
-    embeddings = model.embed(state.modules, tokens, imputation)  # [num_parts, num_rows, dim]
+    embeddings = model.embed(state.modules, tokens, imputation)  # [num_kinds, num_rows, dim]
     scores = model.scores_of(queries.queries[:, picked], embeddings, position)
     labels = queries.log_labels[picked]
     prediction = torch.log_softmax(scores / settings.temperature, 1)

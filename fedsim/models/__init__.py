@@ -11,7 +11,9 @@ batch              triples or queries of one step
 num_entities       entities of the client (local ids), or of the server (global ids)
 num_tokens         M: structure first, then the modalities in the data set's order
 num_modalities     M - 1
-num_parts          scorers summed: 1, or one per token with the `split` fusion
+num_kinds          embeddings of an entity: 1, or several with fusions that add up scores (one per token with `split`)
+num_parts          query vectors of a query, see `fedsim.models.fusion.QueryPlan`: 1 with one kind
+num_tables         relation tables: 1, or one per kind
 num_candidates     entities scored per query
 num_available      entities of which a modality is really there
 dim                d, width of a token and of an entity embedding

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.errors import ConfigError
-from fedsim.models.fusion import FUSIONS
+from fedsim.models.fusion import FUSIONS, QueryPlan, one_scorer_each
 from fedsim.models.imputers import IMPUTERS, Imputation, TokenTable
 from fedsim.models.losses import LOSSES
 from fedsim.models.parameters import Params, layer_norm, linear, linear_init, take_rows
 from fedsim.models.scorers import SCORERS
 
 T = TypeVar("T")
+# Linear in the known entity and in the query vector, so that queries with the same candidates can be added up.
+LINEAR_SCORERS = ("distmult", "complex")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class ClientModel:
         self.fusion = pick(FUSIONS, "model.fusion", config.model.fusion)
         self.feature_dims = dict(feature_dims) if self.fusion.uses_modalities else {}
         self.num_tokens = 1 + len(self.feature_dims)
-        self.num_parts = self.fusion.num_parts(self.num_tokens)
+        pairs = self.fusion.pairs(self.num_tokens) if self.imputes else one_scorer_each(1)
+        self.plan = QueryPlan.build(pairs, averages=self.fusion.averages, linear=self.scorer.name in LINEAR_SCORERS)
+        self.num_parts = self.plan.num_parts
         self.loss = pick(LOSSES, "training.loss", config.training.loss)
         self.imputer = pick(IMPUTERS, "model.imputer", config.model.imputer)(config, self.num_tokens)
         self.dim = config.model.dim
@@ -112,17 +116,17 @@ class ClientModel:
         for name, width in self.feature_dims.items():
             params |= linear_init(f"projection.{name}", width, self.dim, generator)
         if self.imputes:
-            params |= self.fusion.init(self.num_tokens, self.dim, self.config.model.gate_hidden, generator)
+            params |= self.fusion.init(self.config.model, self.num_tokens, generator)
             params |= self.imputer.init(generator)
         return params
 
     def init_relations(self, num_relations: int, generator: torch.Generator) -> Tensor:
-        """Draw a relation table, [num_parts, num_relations or twice that with reciprocal relations, relation_dim]."""
+        """Draw relation tables, [num_tables, num_relations or twice that with reciprocal relations, relation_dim]."""
         rows = num_relations * (2 if self.config.training.reciprocal else 1)
-        width = self.scorer.relation_dim(self.dim)
+        shape = (self.plan.num_tables, rows, self.scorer.relation_dim(self.dim))
         if self.scorer.name == "rotate":  # phases
-            return (torch.rand(self.num_parts, rows, width, generator=generator) * 2 - 1) * math.pi
-        return torch.randn(self.num_parts, rows, width, generator=generator) * self.config.model.init_scale
+            return (torch.rand(shape, generator=generator) * 2 - 1) * math.pi
+        return torch.randn(shape, generator=generator) * self.config.model.init_scale
 
     def project(self, params: Mapping[str, Tensor], modality: str, values: Tensor) -> Tensor:
         """Map features [num_rows, feature_dim] to tokens [num_rows, dim] of unit variance (eq. 1)."""
@@ -160,7 +164,7 @@ class ClientModel:
         rows: Tensor | None = None,
         row_values: Tensor | None = None,
     ) -> Tensor:
-        """Complete the tokens and fuse them to entity embeddings, [num_parts, num_entities, dim] (eq. 7 and 2).
+        """Complete the tokens and fuse them to entity embeddings, [num_kinds, num_entities, dim] (eq. 7 and 2).
 
         Args:
             params: the view's parameters.
@@ -184,8 +188,8 @@ class ClientModel:
         """Build query vectors for (entity, relation, ?), or with `inverse` for (?, relation, entity).
 
         Args:
-            embeddings: [..., num_parts, num_entities, dim].
-            relations: the relation table, see `init_relations`. [..., num_parts, num_rows, relation_dim]
+            embeddings: [..., num_kinds, num_entities, dim].
+            relations: the relation tables, see `init_relations`. [..., num_tables, num_rows, relation_dim]
             entity: int64 [..., batch], local ids.
             relation: int64 [..., batch], local ids.
             inverse: whether heads are asked for.
@@ -196,35 +200,31 @@ class ClientModel:
         use_second = inverse and self.config.training.reciprocal
         index = relation + relations.shape[-2] // 2 if use_second else relation
         flip = inverse and not use_second
-        return self.scorer.query(take_rows(embeddings, entity), take_rows(relations, index), inverse=flip)
+        known = self.plan.known_entities(take_rows(embeddings, entity))
+        return self.scorer.query(known, self.plan.known_relations(take_rows(relations, index)), inverse=flip)
 
     def scores(self, queries: Tensor, embeddings: Tensor) -> Tensor:
-        """Score queries against all entities, summed over the parts.
+        """Score queries against all entities, joined over the parts.
 
         Args:
             queries: [..., num_parts, batch, dim].
-            embeddings: [..., num_parts, num_entities, dim].
+            embeddings: [..., num_kinds, num_entities, dim].
 
         Returns:
             [..., batch, num_entities].
         """
-        return _sum_parts(self.scorer.score(queries, embeddings))
+        return self.plan.join(self.scorer.score(queries, self.plan.candidates(embeddings)))
 
     def scores_of(self, queries: Tensor, embeddings: Tensor, candidates: Tensor) -> Tensor:
-        """Score each query against its own candidates, summed over the parts.
+        """Score each query against its own candidates, joined over the parts.
 
         Args:
             queries: [..., num_parts, batch, dim].
-            embeddings: [..., num_parts, num_entities, dim].
+            embeddings: [..., num_kinds, num_entities, dim].
             candidates: int64 [..., batch, num_candidates], rows of the embeddings.
 
         Returns:
             [..., batch, num_candidates].
         """
         ids = candidates.unsqueeze(-3).expand(*queries.shape[:-1], -1)
-        return _sum_parts(self.scorer.score_negatives(queries, embeddings, ids))
-
-
-def _sum_parts(scores: Tensor) -> Tensor:
-    """Add up the parts, [..., num_parts, batch, n] -> [..., batch, n]; a single part is not copied."""
-    return scores.squeeze(-3) if scores.shape[-3] == 1 else scores.sum(-3)
+        return self.plan.join(self.scorer.score_negatives(queries, self.plan.candidates(embeddings), ids))

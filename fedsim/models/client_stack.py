@@ -207,7 +207,7 @@ class ClientStack:
         ]
 
     def embed(self, view: str, imputation: Imputation | None) -> Tensor:
-        """Embed all entities under a view, without gradient, [..., num_parts, num_entities, dim]."""
+        """Embed all entities under a view, without gradient, [..., num_kinds, num_entities, dim]."""
         with torch.no_grad():
             return self.apply(self._embed, self.view(view), self.entities, imputation)
 

@@ -92,6 +92,10 @@ class SelfAdversarial:
     """Negative sampling weighted by the model's own belief (RotatE, Sun et al., ICLR 2019; used by FedE).
 
     The negatives are uniform draws from all entities of the client; the authors' code draws true answers again.
+
+    With `training.negative_weighting: entropy` a negative weighs by how unsure the model is of it. From the abstract of
+    MoCME (Li, arXiv:2507.20620) comes the idea, "entropy-guided negative sampling"; that it is a weight, and of which
+    entropy, is our inference. An entropy is at most ln 2, so a temperature of 1 weighs no negative twice as much.
     """
 
     samples_negatives = True
@@ -101,13 +105,23 @@ class SelfAdversarial:
     ) -> Tensor:
         """Return the weighted sum of -(log sigmoid(gamma + s+) + sum_i p_i log sigmoid(-gamma - s-_i)) / 2."""
         positive, negative = logits[..., 0], logits[..., 1:]
-        scaled = negative.detach() * config.adversarial_temperature
+        worth = negative.detach()
+        if config.negative_weighting == "entropy":
+            worth = decision_entropy(config.margin + worth)
+        scaled = worth * config.adversarial_temperature
         if real is not None:
             scaled = scaled.masked_fill(~real[..., None, 1:], -torch.inf)
-        belief = torch.softmax(scaled, -1)  # [..., num_queries, num_negatives]
+        share = torch.softmax(scaled, -1)  # [..., num_queries, num_negatives]
         positive_loss = functional.logsigmoid(config.margin + positive)
-        negative_loss = (belief * functional.logsigmoid(-config.margin - negative)).sum(-1)
+        negative_loss = (share * functional.logsigmoid(-config.margin - negative)).sum(-1)
         return -(weight * (positive_loss + negative_loss)).sum(-1) / 2
+
+
+def decision_entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of a yes with probability sigmoid(logit), in nats: ln 2 at 0, none far from it; [...]."""
+    # H(x) = H(-|x|), where softplus(x) - x sigmoid(x) has no large terms that cancel.
+    unlikely = -logits.abs()
+    return functional.softplus(unlikely) - unlikely * torch.sigmoid(unlikely)
 
 
 LOSSES: dict[str, Loss] = {"one_vs_all": OneVsAll(), "self_adversarial": SelfAdversarial()}

@@ -38,12 +38,12 @@ def used_rows(embeddings: Tensor, triples: Tensor, negatives: Tensor) -> tuple[T
     So one gradient of the tables' size is made, however often a step uses them.
 
     Args:
-        embeddings: [..., num_parts, num_entities, dim].
+        embeddings: [..., num_kinds, num_entities, dim].
         triples: int64 [..., batch, 3].
         negatives: int64 [..., 1, num_negatives].
 
     Returns:
-        The rows [..., num_parts, 2 * batch + num_negatives, dim], and triples and negatives that number them.
+        The rows [..., num_kinds, 2 * batch + num_negatives, dim], and triples and negatives that number them.
     """
     head, relation, tail = triples.unbind(-1)
     rows = take_rows(embeddings, torch.cat([head, tail, negatives.squeeze(-2)], -1))
@@ -61,7 +61,7 @@ def candidate_scores(
     Args:
         model: its scorer.
         queries: [..., num_parts, num_queries, dim].
-        embeddings: [..., num_parts, num_entities, dim].
+        embeddings: [..., num_kinds, num_entities, dim].
         target: the true answers. int64 [..., num_queries]
         negatives: int64 [..., num_queries, num_negatives], or [..., 1, num_negatives] if all queries share them.
 

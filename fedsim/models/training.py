@@ -268,7 +268,7 @@ class _Pass:
     """One client's embeddings under a view, and the imputer's loss terms."""
 
     tokens: Tensor  # [num_tokens, num_entities, dim]
-    embeddings: Tensor  # [num_parts, num_entities, dim]
+    embeddings: Tensor  # [num_kinds, num_entities, dim]
     losses: dict[str, Tensor]
 
 

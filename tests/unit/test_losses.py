@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from experiments import generator, small_config
 from fedsim.config import TrainingConfig
-from fedsim.models.losses import LOSSES, n3_penalty
+from fedsim.models.losses import LOSSES, decision_entropy, n3_penalty
 
 
 def _settings(**overrides: Any) -> TrainingConfig:
@@ -64,10 +64,15 @@ def test_one_vs_all_equals_torch(label_smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("weighting", ["belief", "entropy"])
 @given(seed=st.integers(0, 9999), label_smoothing=st.sampled_from([0.0, 0.2]), temperature=st.sampled_from([0.0, 1.0]))
-def test_padding_changes_nothing(name: str, seed: int, label_smoothing: float, temperature: float) -> None:
+def test_padding_changes_nothing(
+    name: str, weighting: str, seed: int, label_smoothing: float, temperature: float
+) -> None:
     """Two stacked clients, one with fewer queries and candidates, give each client's own loss and gradient."""
-    settings = _settings(label_smoothing=label_smoothing, adversarial_temperature=temperature)
+    settings = _settings(
+        label_smoothing=label_smoothing, adversarial_temperature=temperature, negative_weighting=weighting
+    )
     logits = torch.randn(2, 5, 8, generator=generator(seed), dtype=torch.float64)
     target = torch.randint(4, (2, 5), generator=generator(seed)) if name == "one_vs_all" else torch.zeros(2, 5).long()
     weight = torch.rand(2, 5, generator=generator(seed), dtype=torch.float64)
@@ -102,6 +107,50 @@ def test_self_adversarial_by_hand() -> None:
         assert math.isclose(
             float(LOSSES["self_adversarial"](logits, target, torch.ones(1), settings)), expected, rel_tol=1e-5
         )
+
+
+def test_entropy_weighting_by_hand() -> None:
+    """Gamma = 1; the negatives -1 and ln 3 - 1 are taken for true with probability 1/2 and 3/4.
+
+    Entropies ln 2 = 0.693147 and ln 4 - 3/4 ln 3 = 0.562335; at temperature 10 the weights are
+    softmax(6.931472, 5.623351) = 0.787194 and 0.212806. Terms: softplus(0) = 0.693147, softplus(ln 3) = 1.386294;
+    0.787194 * 0.693147 + 0.212806 * 1.386294 = 0.840653. The positive -1 has 0.693147. Half of both: 0.766900.
+    """
+    settings = _settings(margin=1.0, adversarial_temperature=10.0, negative_weighting="entropy")
+    logits = torch.tensor([[-1.0, -1.0, math.log(3) - 1]])
+    loss = LOSSES["self_adversarial"](logits, torch.zeros(1, dtype=torch.int64), torch.ones(1), settings)
+    assert math.isclose(float(loss), 0.766900, rel_tol=1e-5)
+
+
+def test_entropy_weights_carry_no_gradient() -> None:
+    """The gradient of a negative is its share / 2 * sigmoid(gamma + s), gamma = 1 and s = 0 for all three."""
+    settings = _settings(margin=1.0, adversarial_temperature=3.0, negative_weighting="entropy")
+    logits = torch.zeros(1, 4, requires_grad=True)
+    loss = LOSSES["self_adversarial"](logits, torch.zeros(1, dtype=torch.int64), torch.ones(1), settings)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(grad[0, 1:], torch.full((3,), 1 / (1 + math.exp(-1)) / 6))
+
+
+def test_the_unsure_negative_weighs_most_and_padding_nothing() -> None:
+    """Of -30, -10 and 10 with gamma = 10 the model is unsure of -10 alone; a padded one would weigh like the sure."""
+    settings = _settings(margin=10.0, adversarial_temperature=20.0, negative_weighting="entropy")
+    logits = torch.tensor([[0.0, -30.0, -10.0, 10.0, -1e6]], requires_grad=True)
+    real = torch.tensor([True, True, True, True, False])
+    loss = LOSSES["self_adversarial"](logits, torch.zeros(1, dtype=torch.int64), torch.ones(1), settings, real)
+    (grad,) = torch.autograd.grad(loss, logits)
+    shares = 2 * grad[0, 1:] / torch.sigmoid(10 + logits.detach()[0, 1:]).clamp(min=1e-30)
+    assert int(shares.argmax()) == 1
+    assert float(shares[1]) > 0.99
+    assert float(grad[0, 4]) == 0.0
+
+
+@given(logit=st.floats(-1e6, 1e6))
+def test_entropy_of_a_decision(logit: float) -> None:
+    """Between 0 and ln 2, and the same for yes and no."""
+    entropy = decision_entropy(torch.tensor([logit, -logit]))
+    assert 0 <= float(entropy[0]) <= math.log(2) + 1e-6
+    assert float(entropy[0]) == float(entropy[1])
+    assert math.isclose(float(decision_entropy(torch.tensor(0.0))), math.log(2), rel_tol=1e-6)
 
 
 def test_n3_by_hand() -> None:
