@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedsim.benchmark_commands import benchmark_command
 from fedsim.cli_options import ConfigCommand, config_options, current_overrides
 from fedsim.config import dump_config, load_config
 from fedsim.data_commands import data
@@ -23,6 +24,8 @@ from fedsim.errors import FedSimError
 from fedsim.report.console import ConsoleObserver, make_console, show_candidates, show_result, shown_path
 
 if TYPE_CHECKING:
+    from fedsim.benchmark.execution import Outcomes
+    from fedsim.benchmark.plan import Cell
     from fedsim.config import Config
     from fedsim.federated.runtime import RuntimeFactory
     from fedsim.results import RoundSummary, RunInfo, RunResult
@@ -100,7 +103,15 @@ def commands() -> None:
     """
 
 
+def _run_on_ray(cells: Sequence[Cell], **options: Any) -> Outcomes:
+    """Run the cells of a benchmark as Ray tasks."""
+    from actors.benchmark import run_on_ray
+
+    return run_on_ray(cells, **options)
+
+
 commands.add_command(data)
+commands.add_command(benchmark_command(_run_on_ray))
 
 
 @commands.command(cls=ConfigCommand)

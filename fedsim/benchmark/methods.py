@@ -1,0 +1,142 @@
+"""The methods of the benchmark: points in the grid (imputer, fusion, scorer, loss) x strategy.
+
+Three groups vary one thing each and hold the rest: (a) the fusion, (b) the imputer, (c) the federated optimisation.
+They meet in `mmfede-zero` (FedE, gate, zeros), which is a member of all three. Groups (a) and (c) impute with zeros: a
+standardised token has mean zero, so a zero is the same neutral stand-in for every fusion and strategy, and no imputer's
+own quality, training or noise enters what is compared; what an imputer adds is group (b)'s question. Scorer (ComplEx)
+and loss (one-vs-all) are the config's defaults for every method.
+
+To add one: add it to the list below.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsim.errors import ConfigError
+
+GROUPS = {
+    "a": "multimodal models inside MMFedE",
+    "b": "imputers inside MMFedE",
+    "c": "federated optimisation on MMFedE",
+    "references": "without federation, without modalities, without anything hidden",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: of folders, files and the command line.
+        groups: the groups it is a member of.
+        settings: dotted config path -> value, what makes the method.
+        title: what it is, in a few words.
+        source: where it comes from.
+        sampled: settings that only a loss with sampled negatives reads.
+        fixed_rate: the settings say what is hidden, so one run serves all missing rates.
+        ranked: whether it may be the best; a ceiling that sees what others do not may not.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    settings: Mapping[str, Any]
+    title: str
+    source: str
+    sampled: Mapping[str, Any] = field(default_factory=dict)
+    fixed_rate: bool = False
+    ranked: bool = True
+
+
+def _settings(strategy: str, imputer: str, fusion: str) -> dict[str, Any]:
+    return {"federation.strategy": strategy, "model.imputer": imputer, "model.fusion": fusion}
+
+
+def _fusion(name: str, fusion: str, title: str, source: str, sampled: Mapping[str, Any] | None = None) -> Method:
+    return Method(f"mmfede-{name}", ("a",), _settings("fede", "zero", fusion), title, source, sampled or {})
+
+
+def _imputer(name: str, imputer: str, title: str, source: str) -> Method:
+    return Method(f"mmfede-{name}", ("b",), _settings("fede", imputer, "gate"), title, source)
+
+
+def _strategy(name: str, title: str, source: str) -> Method:
+    return Method(f"{name}-zero", ("c",), _settings(name, "zero", "gate"), title, source)
+
+
+def _reference(name: str, strategy: str, fusion: str, title: str, source: str, *, ranked: bool = True) -> Method:
+    settings = _settings(strategy, "zero", fusion) | {"data.missing_rate": 0.0, "data.missing_pattern": "random"}
+    return Method(name, ("references",), settings, title, source, fixed_rate=True, ranked=ranked)
+
+
+_ALL = (
+    _reference("local", "local", "none", "structure alone, every client alone", "-"),
+    _reference("fede", "fede", "none", "structure alone, FedE", "Chen et al., IJCKG 2021"),
+    _reference("central", "central", "gate", "all data in one place, nothing hidden: the ceiling", "-", ranked=False),
+    _fusion("ikrl", "ikrl", "energies of structure and each modality", "Xie et al., IJCAI 2017"),
+    _fusion("tbkgc", "tbkgc", "energies of structure and one multimodal vector", "Mousselly-Sergieh et al., *SEM 2018"),
+    _fusion("mose", "split", "a scorer per modality", "Zhao et al., EMNLP 2022"),
+    _fusion("adamf", "adamf", "adaptive weights of modalities", "Zhang et al., LREC-COLING 2024"),
+    _fusion("imf", "imf", "low-rank interactions and decision fusion", "Li et al., WWW 2023"),
+    _fusion(
+        "mocme",
+        "mocme",
+        "complementarity-guided experts",
+        "MoCME, as far as its abstract tells",
+        {"training.negative_weighting": "entropy"},
+    ),
+    Method(
+        "mmfede-zero",
+        ("a", "b", "c"),
+        _settings("fede", "zero", "gate"),
+        "MMFedE: FedE, gate, zeros",
+        "arXiv:2506.22036; FedE: Chen et al., IJCKG 2021",
+    ),
+    _imputer("mean", "mean", "mean of the client's available tokens", "-"),
+    _imputer("random", "random", "noise", "MoSE: Zhao et al., EMNLP 2022"),
+    _imputer("nearest", "nearest", "mean of the nearest entities in structure", "-"),
+    _imputer("ridge", "ridge", "ridge regression from the other tokens", "-"),
+    _imputer("mlp", "mlp", "MLP regression from the other tokens", "-"),
+    _imputer("vae", "vae", "conditional multimodal VAE", "-"),
+    _imputer("gan", "gan", "generator and discriminator", "MACO: Zhang et al., 2023"),
+    _imputer("hide", "diffusion", "HidE inside MMFedE", "arXiv:2506.22036"),
+    _strategy("fedprox", "proximal term", "Li et al., MLSys 2020"),
+    _strategy("fedec", "embedding contrast", "Chen et al., KBS 2022"),
+    _strategy("fedlu", "mutual logit distillation", "Zhu et al., WWW 2023"),
+    _strategy("fedr", "relation embeddings are shared, entities stay", "Zhang et al., Findings of EMNLP 2022"),
+    _strategy("pfedeg", "a mixture of clients for each client", "in the style of PFedEG"),
+    _strategy("mmfed3", "dual distillation, zeros", "arXiv:2506.22036"),
+    Method(
+        "mmfed3-hide",
+        tuple(GROUPS),
+        _settings("mmfed3", "diffusion", "gate"),
+        "MMFeD3-HidE, the default config",
+        "arXiv:2506.22036",
+    ),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+def select_methods(groups: Sequence[str], names: Sequence[str]) -> list[Method]:
+    """Return the members of groups and the methods named, in the order of the table; all if nothing is asked.
+
+    Raises:
+        ConfigError: if a group or a method is unknown.
+    """
+    if not groups and not names:
+        return list(METHODS.values())
+    for group in groups:
+        check_name("group", group, GROUPS)
+    for name in names:
+        check_name("method", name, METHODS)
+    return [method for method in _ALL if method.name in names or set(groups) & set(method.groups)]
+
+
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Refuse an unknown name; ConfigError names the nearest one and lists all."""
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    raise ConfigError(f"unknown {what} '{name}'; the nearest is '{near[0]}', known are {', '.join(known)}")

@@ -1,0 +1,103 @@
+"""Tuned values: recipe -> method -> settings, chosen on validation with the same budget for every method.
+
+`tuned.yaml` beside this file is what was chosen; `fedsim benchmark --tune` makes such a file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedsim.benchmark.methods import METHODS, check_name
+from fedsim.benchmark.recipes import Recipe
+from fedsim.checkpoint import replace_text
+from fedsim.config import config_fields
+from fedsim.errors import ConfigError
+
+BUNDLED = Path(__file__).parent / "tuned.yaml"
+HEADER = """\
+# Settings chosen on validation: recipe -> method -> settings. Every method had the trials that its recipe states, each
+# run once with the recipe's tuning seed. Made by `fedsim benchmark --tune`.
+"""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen; `values` as in the file."""
+
+    values: Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+    def settings(self, recipe: Recipe, method: str) -> Mapping[str, Any] | None:
+        """Return a method's settings for a recipe, or for its family; None if it was not tuned."""
+        for name in (recipe.name, recipe.family):
+            if method in self.values.get(name, {}):
+                return self.values[name][method]
+        return None
+
+
+def read_tuned(path: Path) -> Tuned:
+    """Read a file of tuned values.
+
+    Raises:
+        ConfigError: if it cannot be read, or names a method or a config field that does not exist.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as err:
+        raise ConfigError(f"tuned values {path} cannot be read: {err.strerror}; make them with --tune") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ConfigError(f"tuned values {path} are not YAML: {' '.join(str(err).split())}") from err
+    fields = [field for field, _ in config_fields()]
+    if not isinstance(tree, dict):
+        raise ConfigError(f"tuned values {path}: the file must hold recipes, not a {type(tree).__name__}")
+    for recipe, methods in tree.items():
+        if not isinstance(methods, dict):
+            raise ConfigError(f"tuned values {path}: {recipe} must hold methods, not {methods!r}")
+        for method, settings in methods.items():
+            if not isinstance(settings, dict):
+                raise ConfigError(f"tuned values {path}: {recipe}: {method} must hold settings, not {settings!r}")
+            try:
+                check_name("method", method, METHODS)
+                for field in settings:
+                    check_name_of_field(field, fields)
+            except ConfigError as err:
+                raise ConfigError(f"tuned values {path}: {recipe}: {err}") from err
+    return Tuned(tree)
+
+
+def check_name_of_field(field: str, fields: Sequence[str]) -> None:
+    """Refuse a dotted path that is no config field."""
+    if field not in fields:
+        raise ConfigError(f"'{field}' is no config field; see `fedsim config`")
+
+
+def choose(
+    recipes: Sequence[Recipe], methods: Sequence[str], valid_mrr: Mapping[tuple[str, str, int], float]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Take each method's trial with the best validation MRR, the first of equals.
+
+    Args:
+        recipes: the data.
+        methods: names of methods.
+        valid_mrr: (recipe, method, number of the trial) -> validation MRR; a method of which a trial is missing has
+            not had its budget, so nothing is chosen for it.
+    """
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    for recipe in recipes:
+        trials = recipe.tuning.trials
+        for method in methods:
+            keys = [(recipe.name, method, number) for number in range(len(trials))]
+            if all(key in valid_mrr for key in keys):
+                best = max(range(len(trials)), key=lambda number: valid_mrr[keys[number]])
+                chosen.setdefault(recipe.name, {})[method] = dict(trials[best])
+    return chosen
+
+
+def write_tuned(chosen: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Write tuned values, beside those that the file already holds of other recipes and methods."""
+    known = {name: dict(methods) for name, methods in read_tuned(path).values.items()} if path.is_file() else {}
+    for recipe, methods in chosen.items():
+        known[recipe] = known.get(recipe, {}) | {name: dict(settings) for name, settings in methods.items()}
+    replace_text(path, HEADER + yaml.safe_dump(known, sort_keys=False))

@@ -1,0 +1,161 @@
+"""The methods and recipes of the benchmark: names, groups, configs that load, advice on unknown names."""
+
+from pathlib import Path
+
+import pytest
+
+from fedsim.benchmark.methods import GROUPS, METHODS, Method, select_methods
+from fedsim.benchmark.plan import check_parts
+from fedsim.benchmark.recipes import TuningBudget, bundled_recipes, read_recipes, select_recipes
+from fedsim.benchmark.tuned import BUNDLED, Tuned, choose, read_tuned, write_tuned
+from fedsim.config import config_fields, make_config
+from fedsim.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+FIELDS = {path for path, _ in config_fields()}
+
+
+def _part(method: Method, field: str) -> str:
+    return str(method.settings[field])
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_each_method_is_a_config_of_parts_that_exist(method: Method) -> None:
+    check_parts(make_config(overrides=dict(method.settings)))
+    sampled = {**method.settings, **method.sampled, "training.loss": "self_adversarial"}
+    check_parts(make_config(overrides=sampled))
+
+
+def test_each_group_varies_its_part_alone() -> None:
+    varied = {"a": "model.fusion", "b": "model.imputer", "c": "federation.strategy"}
+    for group, field in varied.items():
+        members = [method for method in select_methods([group], []) if method.name != "mmfed3-hide"]
+        assert len({_part(method, field) for method in members}) == len(members) >= 7
+        for other in set(varied.values()) - {field}:
+            assert len({_part(method, other) for method in members}) == 1
+        assert "mmfede-zero" in [method.name for method in members]
+
+
+def test_our_method_is_in_every_group_and_is_the_default_config() -> None:
+    for group in GROUPS:
+        assert METHODS["mmfed3-hide"] in select_methods([group], [])
+    assert make_config(overrides=dict(METHODS["mmfed3-hide"].settings)) == make_config()
+
+
+def test_groups_and_names_add_up_in_the_order_of_the_table() -> None:
+    assert [m.name for m in select_methods(["references"], ["mmfede-ridge"])] == [
+        *("local", "fede", "central", "mmfede-ridge", "mmfed3-hide"),
+    ]
+    assert select_methods([], []) == list(METHODS.values())
+
+
+@pytest.mark.parametrize(
+    ("groups", "names", "nearest"), [(["d"], [], "unknown group 'd'"), ([], ["mmfede-rigde"], "'mmfede-ridge'")]
+)
+def test_an_unknown_method_or_group_names_the_nearest(groups: list[str], names: list[str], nearest: str) -> None:
+    with pytest.raises(ConfigError, match=nearest):
+        select_methods(groups, names)
+
+
+def test_bundled_recipes_cover_the_data_and_their_settings_are_a_config() -> None:
+    recipes = bundled_recipes()
+    expected = {"wn_noto", "cn_visual", "db15k-3", "mkgw-3", "wn9img-3"}
+    expected |= {f"fb15k237-{kind}{size}" for kind in ("r", "c", "fede") for size in (3, 5, 10)}
+    assert expected <= set(recipes)
+    for recipe in recipes.values():
+        for trial in recipe.tuning.trials:
+            assert set(recipe.settings) | set(trial) <= FIELDS
+            make_config(overrides={**recipe.settings, **trial})
+        assert recipe.rates == ("0", "0.3", "0.6", "0.9", "client")
+        assert recipe.name == "wn_noto" or recipe.obtain
+
+
+def test_a_recipe_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
+    path = ROOT / "examples" / "recipes" / "many_small_clients.yaml"
+    ten, twenty = select_recipes([str(path)])
+    assert (ten.name, ten.settings["data.num_clients"]) == ("wn_noto-dirichlet10", 10)
+    assert (twenty.name, twenty.settings["data.split"]) == ("wn_noto-dirichlet20", "dirichlet")
+    for recipe in (ten, twenty):
+        make_config(overrides=dict(recipe.settings))
+    (tmp_path / "mine.yaml").write_text("title: mine\nsettings: {data.path: x}\nrates: [0, 0.5]\nrecipes: {mine: {}}\n")
+    assert read_recipes(tmp_path / "mine.yaml")["mine"].rates == ("0", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("title: [", "is not YAML"),
+        ("title: x\nsettings: {}\n", "recipes: Field required"),
+        ("title: x\nsettings: {}\nrecipes: {}\n", "recipes: "),
+        ("title: x\nsettings: {}\nrecipes: {a: {}}\ntunning: {}\n", "tunning: "),
+        ("title: x\nsettings: {}\nrecipes: {a: {}}\ntuning: {trials: []}\n", "tuning.trials: "),
+        ("", "the file: "),
+    ],
+)
+def test_a_broken_recipe_file_names_what_is_wrong(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"recipe file .*bad\.yaml") as caught:
+        select_recipes([str(tmp_path / "bad.yaml")])
+    assert part in str(caught.value)
+
+
+def test_unknown_recipes_and_absent_files_are_told() -> None:
+    with pytest.raises(ConfigError, match="unknown recipe 'cn_visul'; the nearest is 'cn_visual'"):
+        select_recipes(["cn_visul"])
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
+        select_recipes(["nowhere.yaml"])
+
+
+def test_bundled_tuned_values_are_trials_of_the_budget() -> None:
+    tuned = read_tuned(BUNDLED)
+    recipes = bundled_recipes()
+    assert {"wn_noto", "cn_visual"} <= set(tuned.values)
+    for name, methods in tuned.values.items():
+        for method, settings in methods.items():
+            assert settings in recipes[name].tuning.trials, f"{name}, {method}"
+
+
+def test_tuned_values_stand_under_the_recipe_or_its_family() -> None:
+    recipes = bundled_recipes()
+    tuned = Tuned({"cn_visual": {"local": {"model.dropout": 0.1}}, "cn_visual-r5": {"local": {"model.dropout": 0.2}}})
+    assert tuned.settings(recipes["cn_visual-domain5"], "local") == {"model.dropout": 0.1}
+    assert tuned.settings(recipes["cn_visual-r5"], "local") == {"model.dropout": 0.2}
+    assert tuned.settings(recipes["cn_visual-r5"], "fede") is None
+    assert tuned.settings(recipes["wn_noto"], "local") is None
+
+
+def test_the_trial_with_the_best_validation_mrr_is_chosen_if_all_ended() -> None:
+    recipe = bundled_recipes()["wn_noto"]
+    assert recipe.tuning.trials == TuningBudget().trials
+    valid = {("wn_noto", "local", 0): 0.2, ("wn_noto", "local", 1): 0.3, ("wn_noto", "fede", 0): 0.9}
+    valid |= {("wn_noto", "central", 0): 0.4, ("wn_noto", "central", 1): 0.4}
+    chosen = choose([recipe], ["local", "fede", "central"], valid)
+    assert chosen == {"wn_noto": {"local": recipe.tuning.trials[1], "central": recipe.tuning.trials[0]}}
+
+
+def test_tuned_values_are_added_to_those_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.yaml"
+    write_tuned({"wn_noto": {"local": {"model.dropout": 0.1}, "fede": {"model.dropout": 0.2}}}, path)
+    write_tuned({"wn_noto": {"fede": {"model.dropout": 0.3}}, "cn_visual": {"fede": {"model.dropout": 0.4}}}, path)
+    assert read_tuned(path).values == {
+        "wn_noto": {"local": {"model.dropout": 0.1}, "fede": {"model.dropout": 0.3}},
+        "cn_visual": {"fede": {"model.dropout": 0.4}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- a", "must hold recipes"),
+        ("wn_noto: [1]", "must hold methods"),
+        ("wn_noto: {local: 3}", "must hold settings"),
+        ("wn_noto: {locla: {}}", "nearest is 'local'"),
+        ("wn_noto: {local: {model.dropuot: 0.1}}", "'model.dropuot' is no config field"),
+        ("a: [", "are not YAML"),
+    ],
+)
+def test_broken_tuned_values_name_what_is_wrong(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "tuned.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="tuned values") as caught:
+        read_tuned(tmp_path / "tuned.yaml")
+    assert part in str(caught.value)
