@@ -234,8 +234,9 @@ def _version() -> str:
     from fedsim.run_folder import versions
 
     found = versions()
-    commit = found["git_commit"]
-    return f"{found['packages']['fedsim']}{f', commit {commit[:12]}' if commit else ''}"
+    commit, _, changed = (found["git_commit"] or "").partition("-")
+    shown = f", commit {commit[:12]}{' with changes' if changed else ''}" if commit else ""
+    return f"{found['packages']['fedsim']}{shown}"
 
 
 def _show_lists() -> None:
