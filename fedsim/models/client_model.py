@@ -95,7 +95,7 @@ class ClientModel:
         self.feature_dims = dict(feature_dims) if self.fusion.uses_modalities else {}
         self.num_tokens = 1 + len(self.feature_dims)
         pairs = self.fusion.pairs(self.num_tokens) if self.imputes else one_scorer_each(1)
-        self.plan = QueryPlan.build(pairs, averages=self.fusion.averages, linear=self.scorer.name in LINEAR_SCORERS)
+        self.plan = QueryPlan.build(pairs, linear=self.scorer.name in LINEAR_SCORERS)
         self.num_parts = self.plan.num_parts
         self.loss = pick(LOSSES, "training.loss", config.training.loss)
         self.imputer = pick(IMPUTERS, "model.imputer", config.model.imputer)(config, self.num_tokens)

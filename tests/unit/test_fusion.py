@@ -98,7 +98,7 @@ def test_scores_are_sums_or_means_over_the_pairs(scorer: str, fusion: str, recip
             query = model.scorer.query(
                 table[own, known][None], relations[place, row][None], inverse=inverse and not reciprocal
             )
-            expected += model.scorer.score(query, table[other][None])[0] / (len(pairs) if model.fusion.averages else 1)
+            expected += model.scorer.score(query, table[other][None])[0] / len(pairs)
         queries = model.queries(table, relations, known, relation, inverse=inverse)
         assert queries.shape == (model.num_parts, 2, 8)
         torch.testing.assert_close(model.scores(queries, table), expected)
@@ -138,19 +138,19 @@ def test_plans_of_queries_by_hand() -> None:
     """IKRL with one modality asks 4 pairs; a linear scorer asks structure and image by the sum of both."""
     pairs = FUSIONS["ikrl"].pairs(2)
     assert set(pairs) == {Pair(0, 0, 0), Pair(1, 1, 0), Pair(0, 1, 0), Pair(1, 0, 0)}
-    each = QueryPlan.build(pairs, averages=True, linear=False)
+    each = QueryPlan.build(pairs, linear=False)
     assert (each.known, each.asked, each.relation) == (((0,), (1,), (0,), (1,)), (0, 0, 1, 1), (0, 0, 0, 0))
-    joined = QueryPlan.build(pairs, averages=True, linear=True)
+    joined = QueryPlan.build(pairs, linear=True)
     assert (joined.known, joined.asked, joined.relation) == (((0, 1), (0, 1)), (0, 1), (0, 0))
     assert len(FUSIONS["ikrl"].pairs(3)) == 7
-    apart = QueryPlan.build(FUSIONS["split"].pairs(3), averages=False, linear=True)
+    apart = QueryPlan.build(FUSIONS["split"].pairs(3), linear=True)
     assert (apart.num_parts, apart.num_kinds, apart.num_tables) == (3, 3, 3)
 
 
 @pytest.mark.parametrize("name", ["gate", "none", "split", "adamf", "imf", "mocme"])
 def test_pairs_of_a_kind_with_itself_copy_nothing(name: str) -> None:
     """Candidates and known entities are the given tensors themselves."""
-    plan = QueryPlan.build(FUSIONS[name].pairs(3), averages=False, linear=False)
+    plan = QueryPlan.build(FUSIONS[name].pairs(3), linear=False)
     table = torch.randn(plan.num_kinds, 5, 8)
     assert plan.candidates(table) is table
     assert plan.known_entities(table) is table
@@ -158,7 +158,7 @@ def test_pairs_of_a_kind_with_itself_copy_nothing(name: str) -> None:
 
 
 def test_one_pair_is_not_copied() -> None:
-    plan = QueryPlan.build([Pair(0, 0, 0)], averages=False, linear=False)
+    plan = QueryPlan.build([Pair(0, 0, 0)], linear=False)
     scores = torch.randn(1, 4, 5)
     assert plan.join(scores).data_ptr() == scores.data_ptr()
 
@@ -168,7 +168,7 @@ def test_joined_queries_average_over_the_pairs_by_hand() -> None:
 
     Candidates 5 and 7 under dot products: (2 * 5 + 2 * 7) / 2 = 12 = (1*5 + 3*5 + 1*7 + 3*7) / 4.
     """
-    plan = QueryPlan.build(FUSIONS["ikrl"].pairs(2), averages=True, linear=True)
+    plan = QueryPlan.build(FUSIONS["ikrl"].pairs(2), linear=True)
     known = plan.known_entities(torch.tensor([[[1.0]], [[3.0]]]))
     assert known.flatten().tolist() == [2.0, 2.0]
     assert plan.join(known @ torch.tensor([[[5.0]], [[7.0]]])).tolist() == [[12.0]]

@@ -23,7 +23,6 @@ class AdamfFusion:
     """Convex combination by the agreement of each token with one learned vector."""
 
     uses_modalities = True
-    averages = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair: one embedding per entity."""

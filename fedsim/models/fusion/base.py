@@ -12,7 +12,7 @@ from fedsim.models.parameters import Params
 
 
 class Pair(NamedTuple):
-    """One score of a triple; those of all pairs are added up.
+    """One score of a triple; a triple's is the mean over all pairs.
 
     Attributes:
         head: kind of the head's embedding.
@@ -32,8 +32,7 @@ class Fusion(Protocol):
     """
 
     uses_modalities: bool
-    averages: bool
-    """Whether the score is the mean of the pairs' scores, else their sum: the same ranking, at another temperature."""
+    """Whether it takes tokens of modalities; else structure alone."""
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return the pairs that are scored; with (a, b) comes (b, a) on the same relation table.
@@ -74,21 +73,18 @@ class QueryPlan:
         known: of each query vector, the kinds of the known entity that are added up.
         asked: of each query vector, the kind of the candidates.
         relation: of each query vector, its relation table.
-        averages: whether the score is the mean over pairs.
     """
 
     known: tuple[tuple[int, ...], ...]
     asked: tuple[int, ...]
     relation: tuple[int, ...]
-    averages: bool
 
     @classmethod
-    def build(cls, pairs: Sequence[Pair], *, averages: bool, linear: bool) -> "QueryPlan":
+    def build(cls, pairs: Sequence[Pair], *, linear: bool) -> "QueryPlan":
         """Plan the query vectors of some pairs.
 
         Args:
             pairs: of the fusion.
-            averages: of the fusion.
             linear: whether the scorer is linear in the known entity and in the query vector. Then pairs with the same
                 candidates and relations need one query vector together: f(a, r, c) + f(b, r, c) = f(a + b, r, c).
         """
@@ -99,7 +95,6 @@ class QueryPlan:
             tuple(tuple(kinds) for kinds in found.values()),
             tuple(key[0] for key in found),
             tuple(key[1] for key in found),
-            averages,
         )
 
     @property
@@ -122,7 +117,7 @@ class QueryPlan:
         if self.known == tuple((kind,) for kind in range(self.num_kinds)):
             return entities
         # `join` divides by the number of query vectors, but the mean is over pairs, of which one may have several.
-        weight = self.num_parts / sum(map(len, self.known)) if self.averages else 1.0
+        weight = self.num_parts / sum(map(len, self.known))
         chosen = [[weight * (kind in kinds) for kind in range(self.num_kinds)] for kinds in self.known]
         mix = torch.tensor(chosen, dtype=entities.dtype, device=entities.device)
         return torch.einsum("pk,...kbd->...pbd", mix, entities)
@@ -135,7 +130,7 @@ class QueryPlan:
         """Join the scores of the query vectors, [..., num_parts, batch, n] -> [..., batch, n]; one is not copied."""
         if scores.shape[-3] == 1:
             return scores.squeeze(-3)
-        return scores.mean(-3) if self.averages else scores.sum(-3)
+        return scores.mean(-3)
 
     def candidates(self, embeddings: Tensor) -> Tensor:
         """Take each query vector's candidates: [..., num_kinds, num, dim] -> [..., num_parts, num, dim]."""

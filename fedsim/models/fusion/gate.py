@@ -17,7 +17,6 @@ class GateFusion:
     """Convex combination: h(e) = sum_m g_m x_m, g = softmax over tokens of a small net of [x_m, o_m, u_m]."""
 
     uses_modalities = True
-    averages = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair: one embedding per entity."""

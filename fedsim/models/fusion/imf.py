@@ -26,7 +26,6 @@ class ImfFusion:
     """The multiplied tokens and each token, every one with a scorer and a relation table of its own."""
 
     uses_modalities = True
-    averages = True
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair for the fused embedding, then one per token."""

@@ -29,7 +29,6 @@ class MocmeFusion:
     """Views of each token, weighed by how unlike each other they are; then the tokens likewise."""
 
     uses_modalities = True
-    averages = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair: one embedding per entity."""

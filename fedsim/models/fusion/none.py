@@ -14,7 +14,6 @@ class NoFusion:
     """Structure alone, the raw table without layer norm."""
 
     uses_modalities = False
-    averages = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair."""

@@ -11,10 +11,9 @@ from fedsim.models.parameters import Params
 
 
 class SplitFusion:
-    """Each token is scored with a relation table of its own; the scores are summed."""
+    """Each token is scored with a relation table of its own; the mean of the scores counts."""
 
     uses_modalities = True
-    averages = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair per token."""

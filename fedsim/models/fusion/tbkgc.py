@@ -28,7 +28,6 @@ class TbkgcFusion:
     """Structure, the multimodal vector and their sum, with one relation table."""
 
     uses_modalities = True
-    averages = True
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return the five energies."""
