@@ -129,7 +129,7 @@ class FederationConfig(Section):
     num_rounds: Count = Field(15, description="federation rounds")
     cohort_fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of clients sampled per round")
     cohort_size: Count | None = Field(None, description="number of clients sampled per round; null uses the fraction")
-    proximal_mu: Weight = Field(0.1, description="fedprox: mu of the pull to the model that the server sent")
+    proximal_mu: Weight = Field(0.01, description="fedprox: mu of the pull to the model that the server sent")
     contrastive_weight: Weight = Field(0.1, description="fedec: weight of the contrastive term")
     contrastive_temperature: Positive = Field(0.2, description="fedec: temperature of the contrastive term")
     affinity_temperature: Positive = Field(0.2, description="pfedeg: large mixes all clients alike, small the likest")
