@@ -11,8 +11,8 @@ class ImputerConfig(Section):
     """The imputers nearest, ridge, mlp, vae and gan; HidE has its own section (method.md section 3)."""
 
     num_neighbours: Count = Field(10, description="nearest: entities near in structure whose tokens are averaged")
-    ridge_strength: Positive = Field(100.0, description="ridge: weight of the squared coefficients")
-    hidden: Count = Field(256, description="hidden width of the networks of mlp, vae and gan")
+    ridge_strength: Positive = Field(1000.0, description="ridge: weight of the squared coefficients")
+    hidden: Count = Field(192, description="hidden width of the networks of mlp, vae and gan")
     latent: Count = Field(64, description="width of the vae's latent and of the gan's noise")
     num_draws: Count = Field(4, description="draws of vae and gan that are averaged; their deviation goes to the gate")
     batch_size: Count = Field(128, description="entities per step that train mlp, vae or gan")

@@ -6,7 +6,7 @@ other tokens, fitted on the client's visible data alone.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsim.models.optimizers import adam
 from fedsim.models.parameters import Params, linear, linear_init
+from fedsim.models.regression import fit_ridge, regressors
 from fedsim.randomness import torch_generator
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ def measure_imputation(client: "Client", round_num: int) -> dict[str, float]:
 
     Returns:
         ``<modality>/<imputer>/cosine`` and ``<modality>/<imputer>/hits_at_10``: mean cosine with the true token, and
-        how often the true entity is among the ten nearest (by cosine) of all entities with the modality. Empty for a
-        modality of which nothing is hidden or nothing visible.
+        how often the true entity is among the ten nearest (by cosine) of all entities with the modality. Beside
+        the client's imputer stand ``mean``, ``ridge`` and ``mlp``; if it is one of the last two, what is fitted here is
+        named ``<imputer>_fitted``. Empty for a modality of which nothing is hidden or nothing visible.
     """
     results: dict[str, float] = {}
     if not client.model.imputes:
@@ -48,14 +50,13 @@ def measure_imputation(client: "Client", round_num: int) -> dict[str, float]:
         rows = torch.from_numpy(item.rows).to(tokens.device)
         true = client.project(view, name, torch.from_numpy(item.values).to(tokens.device))  # [num_rows, dim]
         hidden = torch.from_numpy(~item.visible).to(tokens.device)
-        others = _regressors(tokens, available, index)
-        estimates = {
-            client.config.model.imputer: tokens[index, rows[hidden]],
-            "mean": true[~hidden].mean(0, keepdim=True).expand(int(hidden.sum()), -1),
-            "ridge": _ridge(others[rows], true, hidden),
-        }
+        others = regressors(tokens, available, index)
+        own = client.config.model.imputer
+        estimates = {own: tokens[index, rows[hidden]], "mean": true[~hidden].mean(0).expand(int(hidden.sum()), -1)}
+        fitted = {"ridge": _ridge(others[rows], true, hidden)}
         generator = torch_generator(client.config.seed, f"mlp/{name}", round_num=round_num, client=client.data.client)
-        estimates["mlp"] = _mlp(others[rows], true, hidden, generator)
+        fitted["mlp"] = _mlp(others[rows], true, hidden, generator)
+        estimates |= {f"{key}_fitted" if key == own else key: value for key, value in fitted.items()}
         for imputer, estimate in estimates.items():
             cosine, hits = token_quality(estimate, true, hidden)
             results[f"{name}/{imputer}/cosine"] = cosine
@@ -82,14 +83,6 @@ def token_quality(estimate: Tensor, true: Tensor, hidden: Tensor) -> tuple[float
     return float(own.mean()), float((rank <= 10).double().mean())
 
 
-def _regressors(tokens: Tensor, available: Tensor, index: int) -> Tensor:
-    """Put the other tokens side by side, zero where they are missing, with their flags; [num_entities, features]."""
-    others = [i for i in range(len(tokens)) if i != index]
-    known = tokens[others] * available[others].unsqueeze(-1)
-    flat = known.transpose(0, 1).flatten(1)
-    return torch.cat([flat, available[others].T.to(flat.dtype)], 1)
-
-
 def _ridge(inputs: Tensor, true: Tensor, hidden: Tensor) -> Tensor:
     """Fit ridge regression on the visible rows, its strength chosen on a fifth of them; estimate the hidden ones."""
     seen_x, seen_y = inputs[~hidden].double(), true[~hidden].double()
@@ -97,20 +90,11 @@ def _ridge(inputs: Tensor, true: Tensor, hidden: Tensor) -> Tensor:
     best = RIDGE_ALPHAS[-1]
     if 0 < int(held.sum()) < len(seen_x):
         errors = [
-            float((_ridge_fit(seen_x[~held], seen_y[~held], alpha)(seen_x[held]) - seen_y[held]).square().mean())
+            float((fit_ridge(seen_x, seen_y, ~held, alpha)(seen_x[held]) - seen_y[held]).square().mean())
             for alpha in RIDGE_ALPHAS
         ]
         best = RIDGE_ALPHAS[errors.index(min(errors))]
-    return _ridge_fit(seen_x, seen_y, best)(inputs[hidden].double()).to(true)
-
-
-def _ridge_fit(inputs: Tensor, goal: Tensor, alpha: float) -> Callable[[Tensor], Tensor]:
-    """Solve ridge regression with an intercept; inputs [num_rows, features], goal [num_rows, dim]."""
-    mean_x, mean_y = inputs.mean(0), goal.mean(0)
-    centred = inputs - mean_x
-    gram = centred.T @ centred + alpha * torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
-    weight = torch.linalg.solve(gram, centred.T @ (goal - mean_y))
-    return lambda x: (x - mean_x) @ weight + mean_y
+    return fit_ridge(seen_x, seen_y, torch.ones_like(held), best)(inputs[hidden].double()).to(true)
 
 
 def _mlp(inputs: Tensor, true: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from experiments import COUPLINGS, small_runtime
 from fedsim.errors import RunError
 from fedsim.federated.client import Client, impute_together, train_together
 from fedsim.models.fusion import FUSIONS
+from fedsim.models.imputers import IMPUTERS
 from fedsim.models.scorers import SCORERS
 from fedsim.models.stacking import StackShape, over_clients, pad_stack
 
@@ -31,7 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "evaluation.protocol": "fede",
     },
     **{
-        f"imputer {name}": {"federation.strategy": "fede", "model.imputer": name} for name in ("zero", "mean", "random")
+        f"imputer {name}": {"federation.strategy": "fede", "model.imputer": name, "imputer.hide_rate": 0.3}
+        for name in IMPUTERS
+        if name != "diffusion"
     },
     "HidE, epsilon": {"federation.strategy": "fede", "diffusion.prediction": "epsilon", "diffusion.hide_rate": 0.3},
     "MMFeD3-HidE": {"federation.strategy": "mmfed3", **{f"distillation.{name}": 0.5 for name in COUPLINGS}},

@@ -13,8 +13,9 @@ from torch import Tensor
 from experiments import generator, impute, impute_step, small_config, token_table
 from fedsim.models.client_model import ClientModel
 from fedsim.models.imputers import Imputation, TokenTable, diffusion
+from fedsim.models.imputers.conditions import random_condition
 from fedsim.models.imputers.denoiser import Condition, step_modulation
-from fedsim.models.imputers.diffusion import DiffusionImputer, random_condition
+from fedsim.models.imputers.diffusion import DiffusionImputer
 from fedsim.models.imputers.mean import MeanImputer
 from fedsim.models.optimizers import adam
 from fedsim.models.parameters import Params, layer_norm

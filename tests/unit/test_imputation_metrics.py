@@ -8,6 +8,7 @@ import torch
 
 from builders import tiny_graph
 from experiments import linear_graph, small_client, small_runtime
+from fedsim.evaluation import imputation
 from fedsim.evaluation.imputation import measure_imputation, token_quality
 from fedsim.federated.client import Client
 
@@ -60,6 +61,19 @@ def test_ridge_sees_what_is_linear_and_the_mean_does_not() -> None:
         for metric in ("cosine", "hits_at_10")
     }
     assert found["image/ridge/cosine"] > found["image/mean/cosine"] + 0.1
+
+
+def test_an_imputer_stands_beside_the_fit_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ridge imputer's row is its own; with the same penalty it is what the measure fits."""
+    monkeypatch.setattr(imputation, "RIDGE_ALPHAS", (10.0,))
+    found = measure_imputation(_trained(**{"model.imputer": "ridge", "imputer.ridge_strength": 10.0}), 1)
+    for metric in ("cosine", "hits_at_10"):
+        assert found[f"text/ridge/{metric}"] == pytest.approx(found[f"text/ridge_fitted/{metric}"], abs=1e-4)
+    other = measure_imputation(_trained(**{"model.imputer": "ridge", "imputer.ridge_strength": 1e4}), 1)
+    assert abs(other["text/ridge/cosine"] - other["text/ridge_fitted/cosine"]) > 0.01
+    assert {"text/mlp/cosine", "text/mlp_fitted/cosine"} <= measure_imputation(
+        _trained(**{"model.imputer": "mlp"}), 1
+    ).keys()
 
 
 @pytest.mark.parametrize("overrides", [{"data.missing_rate": 0.0}, {"data.missing_rate": 1.0}, {"data.modalities": []}])

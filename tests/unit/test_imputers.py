@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import generator, impute, impute_step, small_config, token_table
+from experiments import generator, impute, impute_step, small_config, small_runtime, token_table
+from fedsim.evaluation.imputation import measure_imputation
 from fedsim.models.imputers import IMPUTERS, Imputer, TokenTable
 
 CASES = {
@@ -80,6 +81,18 @@ def test_every_imputer_ignores_what_stands_in_a_missing_place(name: str) -> None
     made = [impute(imputer, params, table, generator(1)) for table in (tokens, garbage)]
     assert torch.equal(made[0].values[~available], made[1].values[~available])
     assert torch.equal(made[0].uncertainty, made[1].uncertainty)
+
+
+@pytest.mark.parametrize("name", IMPUTERS)
+def test_every_imputer_serves_clients_and_server(name: str) -> None:
+    """In the second round of MMFeD3 clients have prototypes, and the server imputes its own tuples."""
+    runtime = small_runtime({"federation.strategy": "mmfed3", "model.imputer": name, "imputer.hidden": 16})
+    for round_num in (1, 2):
+        result = runtime.train(round_num, [0, 1])
+    assert all(report.losses["total"] < 1e3 for report in result.reports)
+    found = measure_imputation(runtime.clients[0], 2)
+    assert {f"{modality}/{name}/cosine" for modality in ("text", "image")} <= found.keys()
+    assert all(-1 <= value <= 1 for value in found.values())
 
 
 def test_the_mean_by_hand() -> None:

@@ -5,14 +5,24 @@ To add one: write a file with a class that has the methods of `Imputer`, and add
 
 from fedsim.models.imputers.base import Draws, Imputation, Imputer, TokenTable
 from fedsim.models.imputers.diffusion import DiffusionImputer
+from fedsim.models.imputers.gan import GANImputer
 from fedsim.models.imputers.mean import MeanImputer
+from fedsim.models.imputers.mlp import MLPImputer
+from fedsim.models.imputers.nearest import NearestImputer
 from fedsim.models.imputers.random import RandomImputer
+from fedsim.models.imputers.ridge import RidgeImputer
+from fedsim.models.imputers.vae import VAEImputer
 from fedsim.models.imputers.zero import ZeroImputer
 
 IMPUTERS: dict[str, type[Imputer]] = {
     "zero": ZeroImputer,
     "mean": MeanImputer,
     "random": RandomImputer,
+    "nearest": NearestImputer,
+    "ridge": RidgeImputer,
+    "mlp": MLPImputer,
+    "vae": VAEImputer,
+    "gan": GANImputer,
     "diffusion": DiffusionImputer,
 }
 

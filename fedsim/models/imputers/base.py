@@ -65,6 +65,21 @@ class Imputation:
         """Keep the entries of missing tokens; `available` is bool [num_tokens, num_entities]."""
         return replace(self, values=self.values.masked_fill(available.unsqueeze(-1), 0.0))
 
+    @staticmethod
+    def of_draws(tokens: TokenTable, rows: Tensor, samples: Tensor) -> "Imputation":
+        """Sum up several draws: their mean is the value, their deviation over draws and dimensions the uncertainty.
+
+        Args:
+            tokens: of all entities.
+            rows: int64 [num_rows], the entities that were drawn.
+            samples: [num_tokens, num_draws, num_rows, dim], without gradient.
+        """
+        mean = samples.mean(1)
+        deviation = (samples - mean.unsqueeze(1)).square().mean((1, -1)).sqrt()
+        values = torch.zeros_like(tokens.values).index_copy(1, rows, mean)
+        uncertainty = torch.zeros_like(tokens.values[..., 0]).index_copy(1, rows, deviation)
+        return Imputation(values, uncertainty * (~tokens.available))
+
 
 @dataclass(frozen=True)
 class ImputerStep:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.models.imputers.base import Draws, Imputation, ImputerStep, TokenTable
+from fedsim.models.imputers.conditions import draw_conditions, draw_link_rows, mean_of_targets
 from fedsim.models.imputers.denoiser import (
     Condition,
     DenoiserInput,
@@ -55,11 +56,7 @@ class DiffusionImputer:
         rows = draws["rows"]
         with torch.no_grad():
             samples = self._sample(params, tokens.take(rows), draws["noise"])  # [num_tokens, num_draws, num_rows, dim]
-            mean = samples.mean(1)
-            deviation = (samples - mean.unsqueeze(1)).square().mean((1, -1)).sqrt()
-            values = torch.zeros_like(tokens.values).index_copy(1, rows, mean)
-            uncertainty = torch.zeros_like(tokens.values[..., 0]).index_copy(1, rows, deviation)
-        return Imputation(values, uncertainty * (~tokens.available))
+        return Imputation.of_draws(tokens, rows, samples)
 
     def _sample(self, params: Mapping[str, Tensor], tokens: TokenTable, noise: Tensor) -> Tensor:
         """Run the sampler from noise [num_tokens, num_draws, batch, dim]; result of the same shape."""
@@ -81,27 +78,20 @@ class DiffusionImputer:
     def draw_step(self, available: Tensor, seen: Tensor, generator: torch.Generator) -> Draws:
         """Draw a batch of eq. 6, and the entities whose links reach the denoiser with their steps and noise."""
         draws = self.draw_denoising(available, generator)
-        missing = (~seen).any(0).nonzero().squeeze(1)
-        size = min(self.config.link_rows, len(missing))
         if self.config.link_rows > 0:
-            draws["link_rows"] = missing[torch.randperm(len(missing), generator=generator)[:size]]
+            draws["link_rows"] = draw_link_rows(seen, self.config.link_rows, generator)
+            size = len(draws["link_rows"])
             draws["link_times"] = torch.randint(1, self.config.steps + 1, (size,), generator=generator)
             draws["link_noise"] = torch.randn(len(available), size, self.dim, generator=generator)
         return draws
 
     def draw_denoising(self, available: Tensor, generator: torch.Generator) -> Draws:
         """Draw a batch of entities with two available tokens or more, what is known of each, step and noise (eq. 6)."""
-        eligible = (available.sum(0) >= 2).nonzero().squeeze(1)
-        size = min(self.config.batch_size, len(eligible))
-        picked = torch.randint(max(len(eligible), 1), (size,), generator=generator)
-        rows = eligible[picked]
-        known = random_condition(available[:, rows], generator)
-        return {
-            "rows": rows,
-            "known": known,
-            "target": available[:, rows] & ~known,
+        draws = draw_conditions(available, self.config.batch_size, generator)
+        size = len(draws["rows"])
+        return draws | {
             "times": torch.randint(1, self.config.steps + 1, (size,), generator=generator),
-            "keep_prototype": torch.rand(known.shape, generator=generator) < 0.5,
+            "keep_prototype": torch.rand(draws["known"].shape, generator=generator) < 0.5,
             "noise": torch.randn(len(available), size, self.dim, generator=generator),
         }
 
@@ -147,7 +137,7 @@ class DiffusionImputer:
             snr = level / (1 - level).clamp(min=1e-5)
             weight = snr.clamp(max=self.config.min_snr)
             error = error * (weight if self.config.prediction == "x0" else weight / snr).T
-        return (error * target).sum() / target.sum().clamp(min=1)
+        return mean_of_targets(error, target)
 
     def _one_step_estimate(
         self,
@@ -183,25 +173,6 @@ class DiffusionImputer:
         if keep_prototype is not None:
             has_prototype = has_prototype & keep_prototype
         return DenoiserInput(tokens.values, known, noised, tokens.prototypes, has_prototype)
-
-
-def random_condition(available: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw c(e): a random non-empty proper subset of the available tokens (eq. 6).
-
-    Args:
-        available: bool [num_tokens, batch], at least two per entity.
-        generator: CPU generator.
-
-    Returns:
-        bool [num_tokens, batch].
-    """
-    draw = torch.rand(available.shape, generator=generator).to(available.device)
-    threshold = torch.rand(available.shape[1], generator=generator).to(available.device)
-    known = available & (draw < threshold)
-    first = draw.masked_fill(~available, 2.0).argmin(0, keepdim=True)
-    last = draw.masked_fill(~available, -1.0).argmax(0, keepdim=True)
-    known = known.scatter(0, first, torch.ones_like(known[:1]))
-    return known.scatter(0, last, torch.zeros_like(known[:1]))
 
 
 def _from_start(output: Tensor, condition: Condition) -> Tensor:
