@@ -9,7 +9,7 @@ then take off the known answers among them, whose scores are gathered. The score
 stay in the cache, and never copied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,9 @@ from fedsim.errors import RunError
 
 ScoreFunction = Callable[[Tensor, Tensor, bool], Tensor]
 """(entity ids [batch], relation ids [batch], inverse) -> scores of all entities [batch, num_entities]."""
+
+ManyScores = Callable[[Tensor, Tensor, bool], Iterable[Tensor]]
+"""The same for several models: the scores of each in turn, which hold until the next ones are asked for."""
 
 # Scores per block: on a CPU the comparison then stays in the cache, an accelerator wants few large kernels.
 _BLOCK_SIZE_CPU = 1 << 18
@@ -162,7 +165,6 @@ def filtered_ranks(scores: Tensor, target: Tensor, known_row: Tensor, known_answ
     return ranks
 
 
-@torch.no_grad()
 def rank_triples(
     score_fn: ScoreFunction,
     triples: np.ndarray,
@@ -190,9 +192,46 @@ def rank_triples(
         RunError: if a score is NaN or infinite.
         ValueError: if a right answer is not among the candidates.
     """
+    (ranks,) = rank_by_each(
+        lambda *query: (score_fn(*query),),
+        1,
+        triples,
+        filter_index,
+        batch_size=batch_size,
+        both_sides=both_sides,
+        candidates=candidates,
+    )
+    return ranks
+
+
+@torch.no_grad()
+def rank_by_each(
+    score_fn: ManyScores,
+    num_models: int,
+    triples: np.ndarray,
+    filter_index: FilterIndex,
+    *,
+    batch_size: int = 512,
+    both_sides: bool = True,
+    candidates: Tensor | None = None,
+) -> list[Tensor]:
+    """Rank triples by several models that share work, such as mixtures of two.
+
+    Args:
+        score_fn: scores of the models in turn.
+        num_models: how many there are.
+        triples: these and the following arguments are those of `rank_triples`, and so are the errors.
+        filter_index: the known answers that do not count.
+        batch_size: queries per call of ``score_fn``.
+        both_sides: tail and head queries, or tails alone.
+        candidates: the only entities that compete.
+
+    Returns:
+        Each model's ranks, as of `rank_triples`.
+    """
     head, relation, tail = _columns(triples)
     column = _candidate_columns(candidates, filter_index.num_entities)
-    ranks = []
+    ranks: list[list[Tensor]] = [[] for _ in range(num_models)]
     for inverse in (False, True) if both_sides else (False,):
         entity, answer = (tail, head) if inverse else (head, tail)
         target = column[answer]
@@ -200,16 +239,15 @@ def rank_triples(
             raise ValueError(f"{int((target < 0).sum())} right answers are not among the candidates")
         for start in range(0, len(entity), batch_size):
             rows = slice(start, start + batch_size)
-            scores = score_fn(entity[rows], relation[rows], inverse)  # [batch, num_entities]
-            assert scores.shape == (len(entity[rows]), filter_index.num_entities), "one score per query and entity"
-            if candidates is not None:
-                scores = scores[:, candidates.to(scores.device)]
             known_row, known_answer = filter_index.known(entity[rows], relation[rows], inverse)
             known_column = column[known_answer]
             competes = known_column >= 0
-            on_device = [ids.to(scores.device) for ids in (target[rows], known_row[competes], known_column[competes])]
-            ranks.append(filtered_ranks(scores, *on_device).cpu())
-    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.float64)
+            places = (target[rows], known_row[competes], known_column[competes])
+            for scores, found in zip(score_fn(entity[rows], relation[rows], inverse), ranks, strict=True):
+                assert scores.shape == (len(entity[rows]), filter_index.num_entities), "one score per query and entity"
+                competing = scores if candidates is None else scores[:, candidates.to(scores.device)]
+                found.append(filtered_ranks(competing, *(ids.to(scores.device) for ids in places)).cpu())
+    return [torch.cat(found) if found else torch.empty(0, dtype=torch.float64) for found in ranks]
 
 
 def summarise(ranks: Tensor, ks: Sequence[int] = (1, 3, 10)) -> RankingMetrics:

@@ -1,7 +1,7 @@
 """The client side: private data and state, local training, and evaluation (method.md sections 3 to 5, 7)."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from fedsim.config import Config
 from fedsim.data.clients import ClientData
 from fedsim.data.dataset import Triples
 from fedsim.errors import FedSimError, RunError
-from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples, summarise, weighted_mean
+from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_by_each, summarise, weighted_mean
 from fedsim.federated.anchors import Anchors
 from fedsim.federated.combination import combined_scores
 from fedsim.federated.compression import Exchange
@@ -157,7 +157,7 @@ class Client:
         can_choose = self.combination is not None and any(len(group.triples[split]) for group in self.data.groups)
         options = self.strategy.combinations if choose and can_choose else (self.combination,)
         try:
-            tried = {weight: self._rank(split, tables, weight) for weight in options}
+            tried = self._rank(split, tables, options)
         except FedSimError as err:
             raise RunError(f"client {self.data.client}, round {round_num}, {split}: {err}") from err
         best = max(tried, key=lambda weight: weighted_mean(tried[weight]).mrr)
@@ -168,27 +168,29 @@ class Client:
             for group, metrics in zip(self.data.groups, tried[best], strict=True)
         ]
 
-    def _rank(self, split: str, tables: Mapping[str, Tensor], weight: float | None) -> list[RankingMetrics]:
-        """Rank a split's triples, group by group, by one combination of the views."""
+    def _rank(
+        self, split: str, tables: Mapping[str, Tensor], weights: Sequence[float | None]
+    ) -> dict[float | None, list[RankingMetrics]]:
+        """Rank a split's triples, group by group, by each combination of the views."""
         both_sides = self.config.evaluation.protocol == "both"
-        return [
-            summarise(
-                rank_triples(
-                    lambda *query: self._scores(tables, weight, *query),
-                    group.triples[split],
-                    self.filters[group.name],
-                    batch_size=self.config.evaluation.batch_size,
-                    both_sides=both_sides,
-                    candidates=torch.from_numpy(group.candidates) if len(self.data.groups) > 1 else None,
-                ),
-                ks=(1, 3, 10) if both_sides else (1, 5, 10),
+        ranked: dict[float | None, list[RankingMetrics]] = {weight: [] for weight in weights}
+        for group in self.data.groups:
+            ranks = rank_by_each(
+                lambda *query: self._scores(tables, weights, *query),
+                len(weights),
+                group.triples[split],
+                self.filters[group.name],
+                batch_size=self.config.evaluation.batch_size,
+                both_sides=both_sides,
+                candidates=torch.from_numpy(group.candidates) if len(self.data.groups) > 1 else None,
             )
-            for group in self.data.groups
-        ]
+            for weight, own in zip(weights, ranks, strict=True):
+                ranked[weight].append(summarise(own, ks=(1, 3, 10) if both_sides else (1, 5, 10)))
+        return ranked
 
     def scores(self, entity: Tensor, relation: Tensor, inverse: bool, round_num: int) -> Tensor:
         """Score all entities of the client for queries of local ids, [batch] -> [batch, num_entities]."""
-        return self._scores(self._embeddings(round_num), self.combination, entity, relation, inverse)
+        return next(self._scores(self._embeddings(round_num), (self.combination,), entity, relation, inverse))
 
     def complete_tokens(self, view: str, round_num: int) -> tuple[Tensor, Tensor]:
         """Return a view's hyper-modal embeddings, imputed where missing (eq. 7), for the evaluation instruments.
@@ -321,11 +323,16 @@ class Client:
         return {view: stack.embed(view, self._imputation(view, round_num)) for view in self.strategy.views}
 
     def _scores(
-        self, tables: Mapping[str, Tensor], weight: float | None, entity: Tensor, relation: Tensor, inverse: bool
-    ) -> Tensor:
+        self,
+        tables: Mapping[str, Tensor],
+        weights: Sequence[float | None],
+        entity: Tensor,
+        relation: Tensor,
+        inverse: bool,
+    ) -> Iterator[Tensor]:
         relations = self.values.params["relation"]
         query = entity.to(self.device), relation.to(self.device)
-        return combined_scores(self.model, relations, tables, weight, *query, inverse=inverse)
+        return combined_scores(self.model, relations, tables, weights, *query, inverse=inverse)
 
 
 def train_together(
