@@ -15,15 +15,15 @@ from actors.cluster import private_memory
 from actors.tensors import share_tensors
 from fedsim.checkpoint import load_clients, save_clients
 from fedsim.config import Config
-from fedsim.data.clients import ClientData, with_matrices
-from fedsim.evaluation.consistency import ConsistencySums, sample_tokens, sum_samples
-from fedsim.evaluation.imputation import measure_imputation
+from fedsim.data.clients import ClientData, with_matrices, without_matrices
+from fedsim.evaluation.consistency import ConsistencySums, merge_sums
 from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
-from fedsim.federated.client_batch import evaluate_clients, train_clients
+from fedsim.federated.client_batch import evaluate_clients, measure_clients, train_clients
 from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import client_device, make_client
+from fedsim.federated.shelf import Shelf
 from fedsim.models.parameters import Params
 from fedsim.process import return_freed_memory, settle_process
 
@@ -34,12 +34,16 @@ class _ClientActor:
     Args:
         name: of the actor.
         config: the experiment.
+        scratch: folder for the state of clients that are not at work; None keeps it in memory.
     """
 
-    def __init__(self, name: str, config: Config) -> None:
+    def __init__(self, name: str, config: Config, scratch: str | None = None) -> None:
         self.name, self.config = name, config
         self.clients: dict[int, Client] = {}
+        self.matrices: dict[str, np.ndarray[Any, Any]] = {}
         self.part_size = PartSize()
+        self.shelf = Shelf(scratch)
+        self.consistency: ConsistencySums | None = None
         self.shape: SumShape | None = None
         self.sums: RoundSums | None = None
         share_tensors()
@@ -66,9 +70,9 @@ class _ClientActor:
     @ray.method
     def add_clients(self, data: Sequence[ClientData], names: Sequence[str], *matrices: np.ndarray[Any, Any]) -> None:
         """Make clients of their data; feature matrices come apart, read in place by all actors of a node."""
-        device = self._device()
-        shared = dict(zip(names, matrices, strict=True))
-        self.clients |= {item.client: make_client(with_matrices(item, shared), self.config, device) for item in data}
+        self.matrices = dict(zip(names, matrices, strict=True))
+        for item in data:
+            self._add(item)
 
     @ray.method
     def hello(self) -> list[ClientHello]:
@@ -80,7 +84,9 @@ class _ClientActor:
         """Cut out each client's part of the broadcast and forward to `Client.join`; learn the shape of the sums."""
         self.shape = shape
         for client in self.clients.values():
-            client.join(client.own_part(broadcast))
+            with self.shelf.at_work([client]):
+                client.join(client.own_part(broadcast))
+        return_freed_memory()  # what the data came in
 
     @ray.method(num_returns=2)
     def train(
@@ -119,52 +125,77 @@ class _ClientActor:
         self, clients: Sequence[int], split: str, round_num: int, choose: bool
     ) -> list[list[ClientEvaluation]]:
         """Forward to `evaluate_clients`."""
-        return self.part_size.run(
-            [self.clients[client] for client in clients],
-            f"evaluation in round {round_num}",
-            lambda part: evaluate_clients(part, split, round_num, choose),
-        )
+        held = [self.clients[client] for client in clients]
+        with self.shelf.at_work(held, changes=choose):
+            return self.part_size.run(
+                held,
+                f"evaluation in round {round_num}",
+                lambda part: evaluate_clients(part, split, round_num, choose),
+            )
 
     @ray.method
-    def measure(
-        self, clients: Sequence[int], shared: Tensor, round_num: int
-    ) -> tuple[list[dict[str, float]], ConsistencySums]:
-        """Measure each client's imputation, and sum the clients' tokens of the shared entities, int64 [num_shared]."""
+    def measure(self, clients: Sequence[int], shared: Tensor, round_num: int) -> list[dict[str, float]]:
+        """Forward to `measure_clients`; the sums of tokens stay here, see `sum_tokens`."""
         held = [self.clients[client] for client in clients]
-        samples = (sample_tokens(client, shared, round_num) for client in held)
-        return [measure_imputation(client, round_num) for client in held], sum_samples(samples, shared)
+        metrics, sums = measure_clients(self.shelf, held, shared, round_num)
+        self.consistency = sums if self.consistency is None else merge_sums([self.consistency, sums])
+        return_freed_memory()
+        return metrics
+
+    @ray.method
+    def sum_tokens(self) -> ConsistencySums:
+        """Return the sums of tokens of all clients that were measured since the last call."""
+        assert self.consistency is not None, "clients are measured before they are summed"
+        sums, self.consistency = self.consistency, None
+        return sums
 
     @ray.method
     def save(self, clients: Sequence[int], folder: Path) -> None:
         """Write the file of a batch of clients of a checkpoint."""
-        save_clients({client: self.clients[client].state() for client in clients}, folder)
+        with self.shelf.at_work([self.clients[client] for client in clients], changes=False):
+            save_clients({client: self.clients[client].state() for client in clients}, folder)
 
     @ray.method
     def load(self, clients: Sequence[int], folder: Path) -> None:
         """Read the file of a batch of clients of a checkpoint."""
-        for client, state in load_clients(clients, folder).items():
-            self.clients[client].load_state(state)
+        with self.shelf.at_work([self.clients[client] for client in clients]):
+            for client, state in load_clients(clients, folder).items():
+                self.clients[client].load_state(state)
 
     @ray.method(num_returns=2)
-    def release(self, clients: Sequence[int]) -> tuple[dict[int, Params], int]:
-        """Let go of a batch of clients: their state, for the actor that adopts them alone, and their number."""
-        held = {client: self.clients.pop(client) for client in clients}
-        return {number: client.state() for number, client in held.items()}, len(held)
+    def release(self, clients: Sequence[int]) -> tuple[list[tuple[ClientData, Params]], int]:
+        """Let go of a batch of clients: data and state, for the actor that adopts them alone, and their number."""
+        held = [self.clients.pop(client) for client in clients]
+        with self.shelf.at_work(held, changes=False):
+            moved = [(without_matrices(client.data, self.matrices), client.state()) for client in held]
+        for client in clients:
+            self.shelf.forget(client)
+        return moved, len(moved)
 
     @ray.method
-    def adopt(self, states: dict[int, Params]) -> None:
-        """Restore the state of clients that come from another actor; their data was added before."""
-        for client, state in states.items():
-            self.clients[client].load_state(state)
+    def adopt(self, moved: list[tuple[ClientData, Params]]) -> None:
+        """Take over clients from another actor."""
+        for data, state in moved:
+            client = self._add(data)
+            with self.shelf.at_work([client]):
+                client.load_state(state)
 
     def _train(
         self, clients: Sequence[int], round_num: int, broadcast: Broadcast | None
     ) -> list[tuple[ClientUpdate | None, ClientReport]]:
-        return self.part_size.run(
-            [self.clients[client] for client in clients],
-            f"training in round {round_num}",
-            lambda part: train_clients(part, round_num, broadcast),
-        )
+        held = [self.clients[client] for client in clients]
+        with self.shelf.at_work(held):
+            return self.part_size.run(
+                held,
+                f"training in round {round_num}",
+                lambda part: train_clients(part, round_num, broadcast),
+            )
+
+    def _add(self, data: ClientData) -> Client:
+        """Make a client of its data and the matrices of the node."""
+        client = make_client(with_matrices(data, self.matrices), self.config, self._device())
+        self.clients[data.client] = client
+        return client
 
     def _device(self) -> torch.device:
         """Choose where clients' tensors live."""

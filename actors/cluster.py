@@ -24,8 +24,8 @@ MEND = "check runtime.address and that the cluster runs (`ray status`), or leave
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
 
 
-def connect(address: str | None) -> None:
-    """Join the cluster at an address, or start one on this machine if it is None.
+def connect(address: str | None, *, dashboard: bool = True) -> None:
+    """Join the cluster at an address, or start one on this machine if it is None, with Ray's dashboard or without.
 
     Token authentication stays as Ray has it, and the dashboard on the loopback address.
 
@@ -37,11 +37,17 @@ def connect(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray keeps the events of its last 100,000 tasks for the dashboard, which a long run would see as growing memory.
     os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", str(KEPT_TASKS))
+    # Of the others it keeps the ids alone, of a million of them unless told otherwise.
+    os.environ.setdefault("RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs", str(KEPT_TASKS))
     if address is not None and address != "local":
         _probe(address)
     # An explicit address: without one Ray joins whatever cluster it finds on the machine.
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
+        if address in (None, "local"):
+            included = None if dashboard else False  # None: where its packages are installed
+            ray.init("local", include_dashboard=included, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (RayError, RuntimeError, ValueError, OSError) as err:
         if address is None:
             raise RunError(f"Ray does not start on this machine: {_line(str(err))}") from err

@@ -17,14 +17,16 @@ import ray
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle, ActorProxy
+from torch import Tensor
 
 from actors.calls import Call, collect, name_clients, result_of
 from actors.client import ClientActor, _ClientActor
 from actors.cluster import connect, settled_resources, with_measured_memory
 from actors.placement import Batch, plan_placement, rebalance
 from actors.server import ServerActor, _ServerActor
-from fedsim.data.clients import shared_matrices, without_matrices
-from fedsim.evaluation.consistency import ConsistencySums, merge_sums, semantic_consistency, shared_entities
+from fedsim.config import Config
+from fedsim.data.clients import ClientData, shared_matrices, without_matrices
+from fedsim.evaluation.consistency import merge_sums, semantic_consistency, shared_entities
 from fedsim.federated.aggregation import PartialSums
 from fedsim.federated.batches import plan_batches, predicted_work, state_bytes
 from fedsim.federated.client import ClientEvaluation, ClientReport
@@ -41,7 +43,7 @@ from fedsim.federated.runtime import (
     sampled,
 )
 from fedsim.models.parameters import Params
-from fedsim.process import pin_threads, return_freed_memory
+from fedsim.process import pin_threads
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +84,11 @@ def ray_runtime(experiment: Experiment) -> Runtime:
     """
     started_here = not ray.is_initialized()
     if started_here:
-        connect(experiment.config.runtime.address)
-    runtime = RayRuntime(experiment, shut_down=started_here)
+        runtime_config = experiment.config.runtime
+        connect(runtime_config.address, dashboard=runtime_config.dashboard)
+    runtime = RayRuntime(experiment.config, shut_down=started_here)
     try:
-        runtime.start()
+        runtime.start(experiment)
     except BaseException:  # Ctrl-C too must leave no process behind
         runtime.close()
         raise
@@ -96,28 +99,30 @@ class RayRuntime:
     """Clients and server in actors.
 
     Args:
-        experiment: config and data.
+        config: the experiment.
         shut_down: leave the cluster on `close`, which ends one that was started for this run.
     """
 
-    def __init__(self, experiment: Experiment, *, shut_down: bool) -> None:
-        self.experiment, self.config = experiment, experiment.config
+    def __init__(self, config: Config, *, shut_down: bool) -> None:
+        self.config = config
         self.shut_down = shut_down
         self.timeout = self.config.runtime.timeout_seconds
         self.placement: list[str] = []
         self.pool: list[_Held] = []
         self.server: ActorProxy[_ServerActor] | None = None
         self.server_name, self.server_node, self.server_pid = "", "not known yet", 0
-        self.give: Callable[[_Held, Sequence[int]], ObjectRef[None]]
+        self.clients: list[int] = []
+        self.shared: ObjectRef[Tensor] | None = None  # ids of entities that several clients have
+        self.matrices: list[ObjectRef[Any]] = []  # of features, read in place by the actors of a node
         self.measured: dict[int, float] = {}  # client -> seconds of its last training
         self.rounds_since_balance = 0
         self.at_once: dict[str, int] = {}  # actor -> clients that its GPU's memory was said to hold
         self.sums_at_nodes = False  # whether actors send partial sums, or each client's update
 
-    def start(self) -> None:
-        """Place the actors, hand each client its data, and introduce the clients to the server."""
+    def start(self, experiment: Experiment) -> None:
+        """Place the actors, hand each client its data, and introduce the clients to the server; keep no data here."""
         pin_threads(self.config.runtime.torch_threads)  # the instruments' sums run here
-        experiment, strategy = self.experiment, make_strategy(self.config)
+        strategy = make_strategy(self.config)
         federated = strategy.federated
         nodes, free = settled_resources()
         sizes = client_sizes(experiment)
@@ -125,11 +130,14 @@ class RayRuntime:
             batch: sum(predicted_work(self.config, sizes[client]) for client in batch)
             for batch in plan_batches(self.config, sizes)
         }
-        kept = sum(state_bytes(self.config, size, len(strategy.views)) for size in sizes.values())
+        folder = self.config.runtime.scratch
+        scratch = None if folder is None else str(Path(folder).absolute())  # an actor may have another working folder
+        in_memory = sizes.values() if scratch is None else []
+        kept = sum(state_bytes(self.config, size, len(strategy.views)) for size in in_memory)
         plan = plan_placement(
             self.config.runtime, work, with_measured_memory(nodes), free, with_server=federated, state_bytes=kept
         )
-        run = self._run_name()
+        run = self._run_name(experiment.graph_name)
         # An actor that dies has lost what its clients kept: it is not restarted, the run stops and says so.
         fixed = {"num_cpus": plan.num_cpus, "max_restarts": 0, "max_task_retries": 0}
         if federated:
@@ -140,7 +148,7 @@ class RayRuntime:
         for number, group in enumerate(plan.groups):
             name = f"{run}/client-{group[0][0]:05d}" if plan.kind == "dedicated" else f"{run}/pool-{number}"
             options = {"name": name, "num_gpus": plan.num_gpus, "scheduling_strategy": "SPREAD", **fixed}
-            actor = ClientActor.options(**options).remote(name, self.config)
+            actor = ClientActor.options(**options).remote(name, self.config, scratch)
             self.pool.append(_Held(actor, name, group))
         self._await_actors()
         num_nodes = len({held.node_id for held in self.pool})
@@ -149,8 +157,7 @@ class RayRuntime:
         threads = f"{self.config.runtime.torch_threads} torch thread(s) each"
         largest = max(held.private_bytes for held in self.pool) / 1e6
         self.placement = [*plan.lines, f"actors {run}/... {where}, {threads}, {largest:.0f} MB before their clients"]
-        self._hand_out()
-        return_freed_memory()
+        self._hand_out(experiment)
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
         """Train the cohort; what the clients send goes to the server, one by one or as sums."""
@@ -175,21 +182,15 @@ class RayRuntime:
         what = f"evaluation on {split} in round {round_num}"
         calls = self._each_batch(what, lambda held, batch: held.actor.evaluate.remote(batch, split, round_num, choose))
         parts = {client: part for call, done in calls for client, part in zip(call.clients, done, strict=True)}
-        return [item for data in self.experiment.clients for item in parts[data.client]]
+        return [item for client in self.clients for item in parts[client]]
 
     def measure(self, round_num: int) -> Measurements:
         """Measure imputation where the data is, and semantic consistency on sums of tokens from the actors."""
-        owned = {data.client: torch.from_numpy(data.entity_ids) for data in self.experiment.clients}
-        shared = ray.put(shared_entities(owned))
-        what = f"measurement in round {round_num}"
+        what, shared = f"measurement in round {round_num}", cast(Any, self.shared)
         calls = self._each_batch(what, lambda held, batch: held.actor.measure.remote(batch, shared, round_num))
-        imputation: dict[int, dict[str, float]] = {}
-        sums: ConsistencySums | None = None
-        for call, (metrics, found) in calls:
-            imputation |= zip(call.clients, metrics, strict=True)
-            sums = found if sums is None else merge_sums([sums, found])
-        assert sums is not None, "there is at least one client"
-        return Measurements({client: imputation[client] for client in owned}, semantic_consistency(sums))
+        found = {client: metrics for call, done in calls for client, metrics in zip(call.clients, done, strict=True)}
+        sums = [part for _, part in self._each_actor(what, lambda held: held.actor.sum_tokens.remote())]
+        return Measurements({client: found[client] for client in self.clients}, semantic_consistency(merge_sums(sums)))
 
     def save(self, folder: Path) -> None:
         """Let each actor write its own files; on several nodes the folder must be on storage that they share."""
@@ -207,11 +208,9 @@ class RayRuntime:
         if self.shut_down:
             ray.shutdown()
 
-    def _run_name(self) -> str:
+    def _run_name(self, graph_name: str) -> str:
         config = self.config
-        base = (
-            Path(config.output).name if config.output else f"{self.experiment.graph_name}-{config.federation.strategy}"
-        )
+        base = Path(config.output).name if config.output else f"{graph_name}-{config.federation.strategy}"
         number = next(_run_numbers)
         return f"fedsim/{base}" if number == 1 else f"fedsim/{base}-{number}"
 
@@ -285,7 +284,7 @@ class RayRuntime:
 
     def _balance(self) -> None:
         """Move batches from actors that took long to others, by the seconds of the last rounds."""
-        if self.rounds_since_balance < BALANCE_ROUNDS or len(self.measured) < len(self.experiment.clients):
+        if self.rounds_since_balance < BALANCE_ROUNDS or len(self.measured) < len(self.clients):
             return  # with few measurements, noise would move them
         self.rounds_since_balance = 0
         seconds = {
@@ -302,19 +301,18 @@ class RayRuntime:
             )
 
     def _move(self, batch: Batch, source: _Held, target: _Held) -> None:
-        """Let another actor hold a batch; its state goes there from actor to actor."""
+        """Let another actor hold a batch; its data and state go there from actor to actor."""
         what = f"moving to actor {target.name}"
-        list(self._each_actor(what, lambda held: self.give(held, batch), [target]))
-        states: list[ObjectRef[dict[int, Params]]] = []
+        moved: list[ObjectRef[list[tuple[ClientData, Params]]]] = []
 
         def release(held: _Held) -> "ObjectRef[int]":
             pair: Any = held.actor.release.remote(batch)
-            state, number = pair
-            states.append(state)
+            clients, number = pair
+            moved.append(clients)
             return cast("ObjectRef[int]", number)
 
         list(self._each_actor(what, release, [source]))
-        list(self._each_actor(what, lambda held: held.actor.adopt.remote(states[0]), [target]))
+        list(self._each_actor(what, lambda held: held.actor.adopt.remote(moved[0]), [target]))
         source.batches = tuple(other for other in source.batches if other != batch)
         target.batches = (*target.batches, batch)
 
@@ -333,19 +331,21 @@ class RayRuntime:
         if self.server is not None:
             self.server_node, self.server_pid = self._await_server(self.server.start.remote(), what)
 
-    def _hand_out(self) -> None:
+    def _hand_out(self, experiment: Experiment) -> None:
         """Give each client its data, make it known to the server, and send it the initial global model."""
-        shared = shared_matrices(self.experiment.clients)
-        matrices = [ray.put(matrix) for matrix in shared.values()]
-        data_of = {data.client: without_matrices(data, shared) for data in self.experiment.clients}
+        shared = shared_matrices(experiment.clients)
+        matrices = self.matrices = [ray.put(matrix) for matrix in shared.values()]
+        data_of = {data.client: without_matrices(data, shared) for data in experiment.clients}
+        self.clients = list(data_of)
+        owned = {client: torch.from_numpy(data.entity_ids) for client, data in data_of.items()}
+        self.shared = ray.put(shared_entities(owned))
 
-        def give(held: _Held, clients: Sequence[int]) -> "ObjectRef[None]":
-            data = ray.put([data_of[client] for client in clients])
+        def give(held: _Held) -> "ObjectRef[None]":
+            data = ray.put([data_of[client] for client in held.clients])
             given: ObjectRef[None] = held.actor.add_clients.remote(data, list(shared), *cast(Any, matrices))
             return given
 
-        self.give = give
-        list(self._each_actor("start", lambda held: give(held, held.clients)))
+        list(self._each_actor("start", give))
         server = self.server
         if server is not None:
             list(self._each_actor("hello", lambda held: server.register.remote(held.actor.hello.remote())))

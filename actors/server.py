@@ -14,7 +14,7 @@ from fedsim.federated.aggregation import PartialSums, SumShape
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server, ServerReport
-from fedsim.process import settle_process
+from fedsim.process import return_freed_memory, settle_process
 
 
 class _ServerActor:
@@ -73,7 +73,9 @@ class _ServerActor:
     @ray.method
     def finish_round(self) -> ServerReport:
         """Forward to `Server.finish_round`."""
-        return self.server.finish_round()
+        report = self.server.finish_round()
+        return_freed_memory()  # the sums of the round
+        return report
 
     @ray.method
     def save(self, folder: Path) -> None:

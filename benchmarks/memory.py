@@ -34,11 +34,21 @@ FB15K: dict[str, Any] = POOLED | {"data.path": "FB15k-237", "data.split": "diric
 
 @dataclass(frozen=True)
 class MemoryJob:
-    """A run and the memory it may take."""
+    """A run and the memory it may take.
+
+    Attributes:
+        title: of the job.
+        settings: beside those of the data.
+        limit_bytes: for all processes together.
+        num_clients: with 300 triples each, that do not train; None for the data that the settings name.
+        shelved: whether clients that are not at work keep their state in a file.
+    """
 
     title: str
     settings: Mapping[str, Any]
     limit_bytes: float
+    num_clients: int | None = None
+    shelved: bool = False
 
 
 JOBS = {
@@ -55,7 +65,17 @@ JOBS = {
         FB15K | {"data.modalities": ["text"], "training.local_epochs": 1},
         3e9,
     ),
-    "no-op": MemoryJob("1000 no-op clients of 300 triples", {}, 1.2e9),
+    "no-op": MemoryJob("1000 no-op clients of 300 triples", {}, 1.2e9, 1000),
+    "no-op-lean": MemoryJob(
+        "the same, state on a shelf, no dashboard", {"runtime.dashboard": False}, 1.2e9, 1000, shelved=True
+    ),
+    "no-op-leanest": MemoryJob(
+        "the same, in one client actor",
+        {"runtime.dashboard": False, "runtime.num_actors": 1},
+        1.2e9,
+        1000,
+        shelved=True,
+    ),
 }
 
 
@@ -63,8 +83,11 @@ def run_job(job: MemoryJob, num_rounds: int, sheet: Sheet) -> tuple[list[str], l
     """Run a job; returns its row, its processes by kind, and whether it stays within its limit."""
     with tempfile.TemporaryDirectory(prefix="fedsim-memory-") as name:
         settings = dict(job.settings)
-        if not settings:
-            settings = {**make_data(Path(name) / "job", 1000, 300).settings(), "training.local_epochs": 0}
+        if job.num_clients is not None:
+            data = make_data(Path(name) / "job", job.num_clients, 300)
+            settings = {**data.settings(), "training.local_epochs": 0, **settings}
+        if job.shelved:
+            settings["runtime.scratch"] = name
         config = fedsim.load_config(overrides=settings | {"federation.num_rounds": num_rounds})
         file = Path(name) / "config.yaml"
         file.write_text(dump_config(config), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Runs a command and watches it: when its rounds end, and the memory of all its processes together.
 
 Memory is the proportional set size (PSS) that Linux gives in /proc/<pid>/smaps_rollup: a page that n processes share
-counts 1/n in each, so the sum over processes is what the machine really holds.
+counts 1/n in each, so the sum over processes is what the machine really holds. Without pages of files, which are
+mostly libraries, it does not depend on which other programs of the machine have the same ones open.
 """
 
 import os
@@ -27,10 +28,20 @@ PYTHON = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a process tree at one moment; parts are by the processes' kind."""
+    """Memory of a process tree at one moment.
+
+    Attributes:
+        total_bytes: PSS of all processes.
+        parts: kind of process -> PSS.
+        own_bytes: of the total, what is not pages of files.
+        own_parts: kind of process -> of its part, what is not pages of files.
+        num_processes: how many there are.
+    """
 
     total_bytes: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)
+    own_bytes: int = 0
+    own_parts: Mapping[str, int] = field(default_factory=dict)
     num_processes: int = 0
 
 
@@ -79,10 +90,12 @@ class ProcessTree:
         """Sum the PSS of all processes."""
         pids = self.refresh()
         parts: dict[str, int] = {}
+        own: dict[str, int] = {}
         for pid in pids:
-            kind = _kind(pid)
-            parts[kind] = parts.get(kind, 0) + pss_bytes(pid)
-        return Memory(sum(parts.values()), parts, len(pids))
+            kind, (pss, of_files) = _kind(pid), pss_bytes(pid)
+            parts[kind] = parts.get(kind, 0) + pss
+            own[kind] = own.get(kind, 0) + pss - of_files
+        return Memory(sum(parts.values()), parts, sum(own.values()), own, len(pids))
 
     def cpu_seconds(self) -> float:
         """Sum the processor time of all processes, and of their children that have ended."""
@@ -176,15 +189,14 @@ def watch(
     return Watched(ends, cpu_ends, sampler.peak if memory else None)
 
 
-def pss_bytes(pid: int) -> int:
-    """Return a process's proportional set size; 0 if it has ended."""
+def pss_bytes(pid: int) -> tuple[int, int]:
+    """Return a process's proportional set size, and the pages of files in it; 0 if it has ended."""
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return 0
+        return 0, 0
+    found = {words[0]: int(words[1]) * 1024 for words in map(str.split, lines)}
+    return found.get("Pss:", 0), found.get("Pss_File:", 0)
 
 
 class _Fields(NamedTuple):

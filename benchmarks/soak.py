@@ -2,10 +2,11 @@
 
     python benchmarks/soak.py --output runs/soak.md
 
-After each round it sums the proportional set sizes of all processes, reads the size of Ray's object store from Ray's
-own metrics, and counts open file handles. The slope is by least squares over the rounds after a warm-up; because
-neighbouring rounds are alike, the standard error is that of the means of blocks of rounds. Nothing grows if the slope
-is within two standard errors of zero.
+After each round it sums the proportional set sizes of all processes (without pages of files: their shares change with
+what else the machine runs), reads the size of Ray's object store from Ray's own metrics, and counts open file handles.
+The slope is by least squares over the rounds after a warm-up, in which allocators, Ray's buffers and its object store
+grow to what they stay at; because neighbouring rounds are alike, the standard error is that of the means of blocks of
+rounds. Nothing grows if the slope is within two standard errors of zero.
 """
 
 import os
@@ -59,10 +60,10 @@ class Samples:
         """Sample."""
         self.seconds.append(time.perf_counter() - self.started)
         memory = self.tree.memory()
-        self.memory.append(memory.total_bytes)
-        for kind in self.parts.keys() | memory.parts.keys():
+        self.memory.append(memory.own_bytes)
+        for kind in self.parts.keys() | memory.own_parts.keys():
             rounds_before = [0.0] * (len(self.memory) - 1)
-            self.parts.setdefault(kind, rounds_before).append(memory.parts.get(kind, 0))
+            self.parts.setdefault(kind, rounds_before).append(memory.own_parts.get(kind, 0))
         self.store.append(object_store_bytes())
         self.files.append(self.tree.num_open_files())
         if summary.round_num % self.every == 0:
@@ -136,10 +137,10 @@ def report(samples: Samples, warm_up: int, sheet: Sheet) -> None:
 
 
 @click.command()
-@click.option("--rounds", default=300, show_default=True)
+@click.option("--rounds", default=900, show_default=True)
 @click.option("--clients", default=100, show_default=True)
 @click.option("--triples", default=60, show_default=True, help="per client")
-@click.option("--warm-up", default=50, show_default=True, help="rounds before the slope begins")
+@click.option("--warm-up", default=500, show_default=True, help="rounds before the slope begins")
 @click.option("--output", type=click.Path(path_type=Path), help="write the tables as markdown")
 def main(rounds: int, clients: int, triples: int, warm_up: int, output: Path | None) -> None:
     """Run the rounds and fit the slopes."""

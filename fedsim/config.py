@@ -251,6 +251,8 @@ class RuntimeConfig(Section):
     torch_threads: Count = Field(1, description="torch threads per process; the last digits depend on it")
     address: str | None = Field(None, description="Ray cluster to join; null starts one on this machine")
     timeout_seconds: Positive = Field(1800.0, description="longest wait for one client's work")
+    dashboard: bool = Field(True, description="start Ray's dashboard too, about 200 MB; a cluster joined has its own")
+    scratch: str | None = Field(None, min_length=1, description="folder for idle clients' state; null: in memory")
 
 
 class CheckpointConfig(Section):

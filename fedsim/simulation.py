@@ -28,6 +28,7 @@ from fedsim.federated.runtime import (
     RuntimeFactory,
     prepare,
 )
+from fedsim.process import return_freed_memory
 from fedsim.randomness import numpy_generator
 from fedsim.results import (
     ClientResult,
@@ -58,6 +59,23 @@ class Progress:
     bytes_down: int = 0
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the loop knows of an experiment, without its data.
+
+    Attributes:
+        config: the experiment.
+        schedule: who takes part in which round, if that is simulated.
+        client_sizes: of each client its id, entities, relations, and train, valid and test triples.
+        num_moved: valid and test triples that the split moved to train.
+    """
+
+    config: Config
+    schedule: Schedule | None
+    client_sizes: list[tuple[int, int, int, int, int, int]]
+    num_moved: int
+
+
 def in_process_runtime(experiment: Experiment) -> Runtime:
     """Make the runtime that runs everything in this process."""
     return InProcessRuntime(experiment)
@@ -77,11 +95,10 @@ def run(
         FedSimError: for everything that a user can mend.
     """
     RunFolder.refuse_existing(config)
-    experiment = prepare(config)
-    schedule = make_schedule(experiment)
-    with closing(runtime_factory(experiment)) as runtime:
+    plan, runtime = _start(config, runtime_factory)
+    with closing(runtime):
         folder = RunFolder.create(config)  # not before the runtime stands: a start that fails leaves nothing behind
-        return _run(experiment, schedule, runtime, folder, Progress(), None, observer or SilentObserver())
+        return _run(plan, runtime, folder, Progress(), None, observer or SilentObserver())
 
 
 def resume(
@@ -103,12 +120,11 @@ def resume(
             # One that is not there was pruned after a better round, which is about to be done again.
             _verify_best(folder.checkpoint(progress.best_round))
     folder.rewind_metrics(progress.round_num)
-    experiment = prepare(config)
-    schedule = make_schedule(experiment)
-    with closing(runtime_factory(experiment)) as runtime:
+    plan, runtime = _start(config, runtime_factory)
+    with closing(runtime):
         if checkpoint is not None:
             runtime.load(checkpoint)
-        return _run(experiment, schedule, runtime, folder, progress, checkpoint, observer or SilentObserver())
+        return _run(plan, runtime, folder, progress, checkpoint, observer or SilentObserver())
 
 
 def evaluate(path: Path, runtime_factory: RuntimeFactory = in_process_runtime) -> RunResult:
@@ -118,58 +134,64 @@ def evaluate(path: Path, runtime_factory: RuntimeFactory = in_process_runtime) -
     progress = Progress(**manifest["progress"])
     if progress.best_round is None:
         raise RunError(f"{path} has not been validated yet; finish it with `fedsim resume {path}`")
+    plan, runtime = _start(config, runtime_factory)
+    with closing(runtime):
+        best = folder.checkpoint(progress.best_round)
+        if best != checkpoint:
+            _verify_best(best)
+        runtime.load(best)
+        return _finish(runtime, plan.schedule, folder, progress)
+
+
+def _start(config: Config, runtime_factory: RuntimeFactory) -> tuple[Plan, Runtime]:
+    """Read and divide the data, and start the runtime; the data is gone here once clients elsewhere have it."""
     experiment = prepare(config)
-    with closing(runtime_factory(experiment)) as runtime:
-        return _finish(runtime, make_schedule(experiment), folder, progress, checkpoint)
+    plan = Plan(config, make_schedule(experiment), _client_sizes(experiment), experiment.num_moved)
+    runtime = runtime_factory(experiment)
+    del experiment
+    return_freed_memory()
+    return plan, runtime
 
 
 def _run(
-    experiment: Experiment,
-    schedule: Schedule | None,
-    runtime: Runtime,
-    folder: RunFolder,
-    progress: Progress,
-    checkpoint: Path | None,
-    observer: Observer,
+    plan: Plan, runtime: Runtime, folder: RunFolder, progress: Progress, checkpoint: Path | None, observer: Observer
 ) -> RunResult:
     """Run the rounds that are left, and write the result."""
-    config = experiment.config
-    start = progress.round_num + 1
-    sizes = _client_sizes(experiment)
-    observer.run_started(RunInfo(folder.path, config, runtime.placement, config.federation.num_rounds, start, sizes))
-    if experiment.num_moved:
+    config = plan.config
+    start, num_rounds = progress.round_num + 1, config.federation.num_rounds
+    observer.run_started(RunInfo(folder.path, config, runtime.placement, num_rounds, start, plan.client_sizes))
+    if plan.num_moved:
         observer.message(
-            f"{experiment.num_moved} valid and test triples that their client could not learn moved to its train"
+            f"{plan.num_moved} valid and test triples that their client could not learn moved to its train"
         )
-    newest = run_rounds(experiment, schedule, runtime, folder, progress, observer) or checkpoint
+    newest = run_rounds(plan, runtime, folder, progress, observer) or checkpoint
     assert newest is not None, "there is at least one round"
-    result = _finish(runtime, schedule, folder, progress, newest)
+    assert progress.best_round is not None, "the last round is validated"
+    best = folder.checkpoint(progress.best_round)
+    if best != newest:  # the runtime holds the newest
+        _verify_best(best)
+        runtime.load(best)
+    result = _finish(runtime, plan.schedule, folder, progress)
     replace_text(folder.result_file, json.dumps(result_as_json(result), indent=1) + "\n")
     return result
 
 
-def run_rounds(
-    experiment: Experiment,
-    schedule: Schedule | None,
-    runtime: Runtime,
-    folder: RunFolder,
-    progress: Progress,
-    observer: Observer,
-) -> Path | None:
+def run_rounds(plan: Plan, runtime: Runtime, folder: RunFolder, progress: Progress, observer: Observer) -> Path | None:
     """Run the federation's rounds; returns the newest checkpoint, or None if no round was left.
 
     1. sample the cohort (none if the round is skipped), 2. broadcast, train, aggregate and distil, 3. validate (with
     what was trained or aggregated), 4. record, 5. checkpoint.
     """
-    config = experiment.config
+    config = plan.config
+    clients = [size[0] for size in plan.client_sizes]
     checkpoint: Path | None = None
     num_rounds = config.federation.num_rounds
     for round_num in range(progress.round_num + 1, num_rounds + 1):
         if _out_of_patience(config, progress):
             break
         observer.round_started(round_num)
-        plan = schedule.plan(round_num) if schedule is not None else None
-        cohort = plan.cohort if plan else sample_cohort(config, [data.client for data in experiment.clients], round_num)
+        taking_part = plan.schedule.plan(round_num) if plan.schedule is not None else None
+        cohort = taking_part.cohort if taking_part else sample_cohort(config, clients, round_num)
         if not cohort:
             observer.message(f"round {round_num} is skipped: too few clients, see participation.min_clients")
         result = runtime.train(round_num, cohort) if cohort else RoundResult([], None, {})
@@ -181,7 +203,7 @@ def run_rounds(
         evaluations = runtime.evaluate("valid", round_num, choose=True) if due else []
         seconds = result.seconds | {"evaluate": time.perf_counter() - started}
         is_best = _advance(progress, round_num, result, evaluations, seconds)
-        folder.append_metrics(metric_rows(round_num, result, evaluations, seconds, plan))
+        folder.append_metrics(metric_rows(round_num, result, evaluations, seconds, taking_part))
         started = time.perf_counter()
         if is_best or is_last or round_num % config.checkpoint.every == 0 or _out_of_patience(config, progress):
             checkpoint = write_checkpoint(folder.checkpoints, round_num, asdict(progress), runtime.save)
@@ -202,22 +224,16 @@ def sample_cohort(config: Config, clients: Sequence[int], round_num: int) -> lis
     return sorted(clients[int(index)] for index in picked)
 
 
-def _finish(
-    runtime: Runtime, schedule: Schedule | None, folder: RunFolder, progress: Progress, newest: Path
-) -> RunResult:
-    """Rank the test triples with the models of the round with the best validation MRR."""
+def _finish(runtime: Runtime, schedule: Schedule | None, folder: RunFolder, progress: Progress) -> RunResult:
+    """Rank the test triples with the models of the round with the best validation MRR, which the runtime holds."""
     started = time.perf_counter()
     best_round = progress.best_round
     assert best_round is not None, "the last round is validated"
     assert progress.best_mrr is not None, "a best round has a metric"
-    best = folder.checkpoint(best_round)
-    if best != newest:
-        _verify_best(best)
-    runtime.load(best)
     tests = runtime.evaluate("test", best_round, choose=False)
     valids = {item.client: item for item in runtime.evaluate("valid", best_round, choose=False)}
     measured = runtime.measure(best_round)
-    folder.publish_models(best)
+    folder.publish_models(folder.checkpoint(best_round))
     seconds = progress.seconds | {"final_evaluation": time.perf_counter() - started}
     return RunResult(
         folder=folder.path,

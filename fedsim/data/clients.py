@@ -154,11 +154,12 @@ def build_client(graph: KnowledgeGraph, split: FederatedSplit, config: Config, m
     for member in members:
         triples = {name: local(split.client_triples(name, member)) for name in ("train", "valid", "test")}
         groups.append(EvaluationGroup(member, np.unique(triples["train"][:, [0, 2]]), triples))
+    train = groups[0].triples["train"] if len(members) == 1 else local(train)  # kept once
     features = {
         name: _client_features(graph.features[name], name, entity_ids, members[0], split.num_clients, config)
         for name in chosen_modalities(graph, config)
     }
-    return ClientData(members[0], entity_ids, relation_ids, local(train), features, tuple(groups))
+    return ClientData(members[0], entity_ids, relation_ids, train, features, tuple(groups))
 
 
 def _client_features(

@@ -1,9 +1,14 @@
 """Clients that are trained and evaluated together (see `fedsim.federated.batches`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from torch import Tensor
+
+from fedsim.evaluation.consistency import ConsistencySums, TokenSample, sample_tokens, sum_samples
+from fedsim.evaluation.imputation import measure_imputation
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport, impute_together, train_together
 from fedsim.federated.messages import Broadcast, ClientUpdate
+from fedsim.federated.shelf import Shelf
 
 
 def train_clients(
@@ -29,3 +34,28 @@ def evaluate_clients(
     for client in clients:
         client.forget_imputations()
     return results
+
+
+def measure_clients(
+    shelf: Shelf, clients: Sequence[Client], shared: Tensor, round_num: int
+) -> tuple[list[dict[str, float]], ConsistencySums]:
+    """Measure each client's imputation, and sum the clients' tokens of the shared entities, one after the other.
+
+    Args:
+        shelf: where the clients' state is when they are not at work.
+        clients: to be measured.
+        shared: global ids of the entities that are compared, sorted, int64 [num_shared].
+        round_num: seeds the imputers' draws.
+    """
+    imputation: list[dict[str, float]] = []
+
+    def samples() -> Iterator[TokenSample]:
+        for client in clients:
+            with shelf.at_work([client], changes=False):
+                imputation.append(measure_imputation(client, round_num))
+                sample = sample_tokens(client, shared, round_num)
+                client.forget_imputations()
+            yield sample
+
+    sums = sum_samples(samples(), shared)
+    return imputation, sums

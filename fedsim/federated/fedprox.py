@@ -31,4 +31,5 @@ class FedProx(FedE):
 
 def squared_distance(own: Params, received: Params) -> Tensor:
     """Return ||w - w^t||^2 of one client, over all parameters; rows of a stack's padding are zero in both."""
-    return torch.stack([(own[name] - value).square().sum() for name, value in received.items()]).sum()
+    # In the order of names, not of the dict: a client read from a checkpoint has another, and the last digits with it.
+    return torch.stack([(own[name] - received[name]).square().sum() for name in sorted(received)]).sum()

@@ -14,15 +14,15 @@ from fedsim.config import Config
 from fedsim.data.clients import ClientData, build_clients, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
 from fedsim.errors import ConfigError, RunError
-from fedsim.evaluation.consistency import sample_tokens, semantic_consistency, shared_entities, sum_samples
-from fedsim.evaluation.imputation import measure_imputation
+from fedsim.evaluation.consistency import semantic_consistency, shared_entities
 from fedsim.federated import STRATEGIES, Strategy
 from fedsim.federated.batches import ClientSize, plan_batches
 from fedsim.federated.client import Client, ClientEvaluation, ClientReport
-from fedsim.federated.client_batch import evaluate_clients, train_clients
+from fedsim.federated.client_batch import evaluate_clients, measure_clients, train_clients
 from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.server import Server, ServerReport
+from fedsim.federated.shelf import Shelf
 from fedsim.models.client_model import pick
 from fedsim.process import settle_process
 
@@ -160,6 +160,7 @@ class InProcessRuntime:
         device = client_device(config)
         self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}
         self.part_size = PartSize()
+        self.shelf = Shelf(config.runtime.scratch)
         self.batches = plan_batches(config, client_sizes(experiment))
         self.placement = [
             f"{len(self.clients)} clients in this process, {config.runtime.torch_threads} torch thread(s)"
@@ -194,41 +195,45 @@ class InProcessRuntime:
             return
         broadcast = self.server.begin_round(round_num)
         for client in self.clients.values():
-            client.join(client.own_part(broadcast))
+            with self.shelf.at_work([client]):
+                client.join(client.own_part(broadcast))
 
     def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
         """Rank every client's triples of a split."""
         parts: dict[int, list[ClientEvaluation]] = {}
         for members in self.batches:
-            done = self.part_size.run(
-                [self.clients[number] for number in members],
-                f"evaluation in round {round_num}",
-                lambda part: evaluate_clients(part, split, round_num, choose),
-            )
+            clients = [self.clients[number] for number in members]
+            with self.shelf.at_work(clients, changes=choose):
+                done = self.part_size.run(
+                    clients,
+                    f"evaluation in round {round_num}",
+                    lambda part: evaluate_clients(part, split, round_num, choose),
+                )
             parts |= zip(members, done, strict=True)
         return [evaluation for number in self.clients for evaluation in parts[number]]
 
     def measure(self, round_num: int) -> Measurements:
         """Measure imputation and semantic consistency."""
         shared = shared_entities({number: client.entity_ids for number, client in self.clients.items()})
-        imputation = {number: measure_imputation(client, round_num) for number, client in self.clients.items()}
-        samples = (sample_tokens(client, shared, round_num) for client in self.clients.values())
-        return Measurements(imputation, semantic_consistency(sum_samples(samples, shared)))
+        imputation, sums = measure_clients(self.shelf, list(self.clients.values()), shared, round_num)
+        return Measurements(dict(zip(self.clients, imputation, strict=True)), semantic_consistency(sums))
 
     def save(self, folder: Path) -> None:
         """Write one file per batch of clients and one for the server."""
         if self.server is not None:
             save_tensors(self.server.state(), server_file(folder))
         for members in self.batches:
-            save_clients({number: self.clients[number].state() for number in members}, folder)
+            with self.shelf.at_work([self.clients[number] for number in members], changes=False):
+                save_clients({number: self.clients[number].state() for number in members}, folder)
 
     def load(self, folder: Path) -> None:
         """Restore server and clients."""
         if self.server is not None:
             self.server.load_state(load_tensors(server_file(folder)))
         for members in self.batches:
-            for number, state in load_clients(members, folder).items():
-                self.clients[number].load_state(state)
+            with self.shelf.at_work([self.clients[number] for number in members]):
+                for number, state in load_clients(members, folder).items():
+                    self.clients[number].load_state(state)
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -237,11 +242,13 @@ class InProcessRuntime:
         self, members: Sequence[int], round_num: int, broadcast: Broadcast | None
     ) -> list[tuple[ClientUpdate | None, ClientReport]]:
         known = self.part_size.most
-        results = self.part_size.run(
-            [self.clients[number] for number in members],
-            f"training in round {round_num}",
-            lambda part: train_clients(part, round_num, broadcast),
-        )
+        clients = [self.clients[number] for number in members]
+        with self.shelf.at_work(clients):
+            results = self.part_size.run(
+                clients,
+                f"training in round {round_num}",
+                lambda part: train_clients(part, round_num, broadcast),
+            )
         if self.part_size.most != known:
             logger.warning(
                 "the GPU ran out of memory in round %d: clients of a batch train %d at once from now on, which changes "

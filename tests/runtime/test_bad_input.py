@@ -16,7 +16,7 @@ import actors.cluster
 from actors.calls import Call, collect
 from actors.runtime import RayRuntime, ray_runtime
 from builders import write_tiny_dataset
-from fedsim import cli
+from fedsim import cli, simulation
 from fedsim.errors import RunError
 from fedsim.federated.runtime import prepare
 from processes import fedsim
@@ -72,6 +72,23 @@ def test_a_port_where_something_else_answers(monkeypatch: pytest.MonkeyPatch) ->
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(RunError, match=f"the Ray cluster at {address} cannot be reached: no answer in 0.5 seconds"):
             actors.cluster.connect(address)
+
+
+@pytest.mark.parametrize(("wanted", "included"), [(True, None), (False, False)])
+def test_the_dashboard_can_be_left_out(wanted: bool, included: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(actors.cluster.ray, "init", lambda address, **options: seen.append(options))
+    actors.cluster.connect(None, dashboard=wanted)
+    assert [options["include_dashboard"] for options in seen] == [included]
+
+
+def test_a_scratch_folder_that_is_not_there(ray_cluster: object, tmp_path: Path) -> None:
+    """The line names the field, and nothing is left of the run."""
+    dataset = write_tiny_dataset(tmp_path / "tiny")
+    config = small_config(dataset, tmp_path / "run", runtime__scratch=str(tmp_path / "missing"))
+    with pytest.raises(RunError, match=r"'runtime.scratch' = '.*/missing': No such file or directory; give a folder"):
+        simulation.run(config, ray_runtime)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_address_that_is_none() -> None:
@@ -141,7 +158,7 @@ def test_a_damaged_client_file_is_named(runtime: RayRuntime, tmp_path: Path) -> 
 def test_a_gpu_without_memory_for_a_batch_is_said_once_per_size(
     dataset: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime = RayRuntime(prepare(small_config(dataset, Path("run"), data__num_clients=2)), shut_down=False)
+    runtime = RayRuntime(small_config(dataset, Path("run"), data__num_clients=2), shut_down=False)
 
     def trained(num_clients: int, at_once: int) -> list[str]:
         caplog.clear()

@@ -125,8 +125,9 @@ def test_ray_ends_with_the_bits_of_one_process(
     assert outcome(tmp_path / "ray") == in_process(**changes, **alone)
 
 
+@pytest.mark.parametrize("shelved", [False, True], ids=["state in memory", "state on a shelf"])
 def test_clients_that_move_between_actors_change_no_bit(
-    dataset: Path, in_process: Outcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shelved: bool, dataset: Path, in_process: Outcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each round but the first, the first batch of an actor goes to the other, back and forth."""
     moved: list[Move] = []
@@ -140,8 +141,9 @@ def test_clients_that_move_between_actors_change_no_bit(
     monkeypatch.setattr(actors.runtime, "rebalance", shuttle)
     monkeypatch.setattr(actors.runtime, "BALANCE_ROUNDS", 1)
     changes = {"data__num_clients": 5, "runtime__clients_per_batch": 2}
-    config = small_config(dataset, tmp_path / "ray", **changes, runtime__placement="pooled", runtime__num_actors=2)
-    simulation.run(config, ray_runtime)
+    here = {"runtime__scratch": str(tmp_path) if shelved else None}
+    placed = {"runtime__placement": "pooled", "runtime__num_actors": 2}
+    simulation.run(small_config(dataset, tmp_path / "ray", **changes, **placed, **here), ray_runtime)
     assert len(moved) == 2
     assert outcome(tmp_path / "ray") == in_process(**changes)
 

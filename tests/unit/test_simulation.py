@@ -1,6 +1,7 @@
 """Whole runs in process: the loop, resuming, the best round, and what must not change anything."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,26 @@ def test_all_weights_zero_is_a_valid_ablation(data: Path) -> None:
     rows = RunFolder(result.folder).read_metrics()
     assert not [name for row in rows if row["client"] is not None for name in row["losses"] if "_to_" in name]
     assert rows[2]["server_losses"] == {}
+
+
+@pytest.mark.parametrize(("by_round", "loaded"), [((0.1, 0.2, 0.3), []), ((0.1, 0.3, 0.2), ["round-00002"])])
+def test_the_best_models_are_read_only_if_they_are_not_at_hand(
+    by_round: tuple[float, ...], loaded: list[str], data: Path
+) -> None:
+    """After round 3 the runtime holds round 3: reading it again would take memory and time for nothing."""
+    seen: list[str] = []
+
+    class Scripted(InProcessRuntime):
+        def evaluate(self, split: str, round_num: int, *, choose: bool) -> Any:
+            found = super().evaluate(split, round_num, choose=choose)
+            return [replace(item, metrics=replace(item.metrics, mrr=by_round[round_num - 1])) for item in found]
+
+        def load(self, folder: Path) -> None:
+            seen.append(folder.name)
+            super().load(folder)
+
+    simulation.run(_config(data, "run"), Scripted)
+    assert seen == loaded
 
 
 def test_the_best_round_is_reported_and_patience_stops(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
