@@ -147,6 +147,7 @@ def _start(config: Config, runtime_factory: RuntimeFactory) -> tuple[Plan, Runti
     """Read and divide the data, and start the runtime; the data is gone here once clients elsewhere have it."""
     experiment = prepare(config)
     plan = Plan(config, make_schedule(experiment), _client_sizes(experiment), experiment.num_moved)
+    return_freed_memory()  # what reading took
     runtime = runtime_factory(experiment)
     del experiment
     return_freed_memory()
