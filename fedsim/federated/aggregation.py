@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsim.config import CommunicationConfig
 from fedsim.errors import RunError
 from fedsim.federated.compression import check_rows, decode_message
 from fedsim.federated.messages import ClientUpdate, SentRows, SoftQueries, check_finite
+from fedsim.federation_config import CommunicationConfig
 
 FRACTION_BITS = 40
 SCALE = float(1 << FRACTION_BITS)

@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedsim.config import CommunicationConfig
 from fedsim.errors import RunError
 from fedsim.federated.messages import Broadcast, ClientUpdate, PrototypeTable
+from fedsim.federation_config import CommunicationConfig
 from fedsim.models.client_model import Prototypes
 from fedsim.models.parameters import Params
 

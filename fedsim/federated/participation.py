@@ -14,11 +14,12 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedsim.config import Config, FederationConfig, ParticipationConfig
+from fedsim.config import Config
 from fedsim.errors import ConfigError, RunError
 from fedsim.federated.message_sizes import MessageSizes
 from fedsim.federated.runtime import Experiment, make_strategy
 from fedsim.federated.trace_file import TraceRow, read_trace
+from fedsim.federation_config import FederationConfig, ParticipationConfig
 from fedsim.randomness import numpy_generator
 
 Floats: TypeAlias = npt.NDArray[np.float64]

@@ -99,6 +99,7 @@ class ClientModel:
         self.num_parts = self.plan.num_parts
         self.loss = pick(LOSSES, "training.loss", config.training.loss)
         self.imputer = pick(IMPUTERS, "model.imputer", config.model.imputer)(config, self.num_tokens)
+        self.relation_scale = config.model.phase_scale if self.scorer.name == "rotate" else 1.0
         self.dim = config.model.dim
 
     @property
@@ -125,7 +126,7 @@ class ClientModel:
         rows = num_relations * (2 if self.config.training.reciprocal else 1)
         shape = (self.plan.num_tables, rows, self.scorer.relation_dim(self.dim))
         if self.scorer.name == "rotate":  # phases
-            return (torch.rand(shape, generator=generator) * 2 - 1) * math.pi
+            return (torch.rand(shape, generator=generator) * 2 - 1) * math.pi / self.relation_scale
         return torch.randn(shape, generator=generator) * self.config.model.init_scale
 
     def project(self, params: Mapping[str, Tensor], modality: str, values: Tensor) -> Tensor:
@@ -201,7 +202,10 @@ class ClientModel:
         index = relation + relations.shape[-2] // 2 if use_second else relation
         flip = inverse and not use_second
         known = self.plan.known_entities(take_rows(embeddings, entity))
-        return self.scorer.query(known, self.plan.known_relations(take_rows(relations, index)), inverse=flip)
+        asked = self.plan.known_relations(take_rows(relations, index))
+        return self.scorer.query(
+            known, asked if self.relation_scale == 1 else asked * self.relation_scale, inverse=flip
+        )
 
     def scores(self, queries: Tensor, embeddings: Tensor) -> Tensor:
         """Score queries against all entities, joined over the parts.

@@ -153,3 +153,21 @@ def test_structure_alone_needs_no_modules() -> None:
     model = _model(**{"model.fusion": "none"})
     assert model.init_modules(generator()) == {}
     assert (model.imputes, model.num_tokens) == (False, 1)
+
+
+def test_scaled_phases_are_the_same_rotations() -> None:
+    """With 4 radians per unit the numbers are a quarter, the angles the same, the slopes four times as large."""
+    plain, scaled = (
+        _model(**{"model.scorer": "rotate", "model.fusion": "none", "model.phase_scale": s}) for s in (1, 4)
+    )
+    relations = [model.init_relations(3, torch.Generator().manual_seed(0)) for model in (plain, scaled)]
+    torch.testing.assert_close(relations[0], 4 * relations[1])
+    table = torch.randn(1, 5, plain.dim, generator=torch.Generator().manual_seed(1))
+    found = []
+    for model, relation in zip((plain, scaled), relations, strict=True):
+        relation.requires_grad_()
+        queries = model.queries(table, relation, torch.tensor([0, 1]), torch.tensor([2, 0]), inverse=False)
+        scores = model.scores(queries, table)
+        found.append((scores.detach(), torch.autograd.grad(scores.sum(), relation)[0]))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(4 * found[0][1], found[1][1])

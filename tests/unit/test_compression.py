@@ -12,11 +12,11 @@ import torch
 from builders import tiny_graph
 from experiments import small_config, small_runtime
 from fedsim import simulation
-from fedsim.config import CommunicationConfig
 from fedsim.data.dataset import save_dataset
 from fedsim.errors import ConfigError, RunError
 from fedsim.federated.compression import Exchange, check_rows, decode_message, num_rows_sent
 from fedsim.federated.messages import Broadcast, ClientUpdate, PrototypeTable, SoftQueries, message_bytes
+from fedsim.federation_config import CommunicationConfig
 from fedsim.results import RunResult, SilentObserver, result_as_json
 
 IDS = torch.tensor([2, 5, 7, 9])

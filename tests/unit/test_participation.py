@@ -12,7 +12,6 @@ from rich.console import Console
 from builders import tiny_graph
 from experiments import small_config, small_experiment
 from fedsim import simulation
-from fedsim.config import ParticipationConfig
 from fedsim.data.dataset import save_dataset
 from fedsim.errors import ConfigError, DataError, RunError
 from fedsim.federated.participation import (
@@ -24,6 +23,7 @@ from fedsim.federated.participation import (
     make_schedule,
 )
 from fedsim.federated.trace_file import TraceRow, read_trace
+from fedsim.federation_config import ParticipationConfig
 from fedsim.report.console import show_result
 from fedsim.results import SilentObserver
 from fedsim.run_folder import RunFolder

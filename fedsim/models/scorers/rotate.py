@@ -7,7 +7,7 @@ Sun et al., "RotatE: Knowledge Graph Embedding by Relational Rotation in Complex
 Symbols: h, t = `entity` or a candidate; theta = `relation`, the phases in radians, half as wide as an entity. A complex
 vector of length dim / 2 is stored as dim real numbers, first all real parts, then all imaginary parts. The sum of the
 moduli is the distance of the authors' code. Their margin gamma is added by the loss, and their phases are the stored
-parameter times pi / embedding_range; here the parameter is the phase.
+parameter times pi / embedding_range: the model multiplies by `model.phase_scale` before.
 """
 
 import torch
