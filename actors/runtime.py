@@ -29,8 +29,8 @@ from fedsim.data.clients import ClientData, shared_matrices, without_matrices
 from fedsim.evaluation.consistency import merge_sums, semantic_consistency, shared_entities
 from fedsim.federated.aggregation import PartialSums
 from fedsim.federated.batches import plan_batches, predicted_work, state_bytes
-from fedsim.federated.client import ClientEvaluation, ClientReport
 from fedsim.federated.messages import Broadcast, ClientUpdate
+from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import (
     Experiment,
     Measurements,

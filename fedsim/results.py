@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from fedsim.config import Config
 from fedsim.evaluation.ranking import RankingMetrics, weighted_mean
-from fedsim.federated.client import ClientEvaluation
 from fedsim.federated.participation import RoundPlan
+from fedsim.federated.reports import ClientEvaluation
 from fedsim.federated.runtime import RoundResult
 
 NEAR_BEST = 0.95  # share of the best validation MRR at which a run counts as converged

@@ -17,8 +17,8 @@ from fedsim.checkpoint import newest_checkpoint, prune_checkpoints, read_manifes
 from fedsim.config import Config
 from fedsim.errors import RunError
 from fedsim.evaluation.ranking import weighted_mean
-from fedsim.federated.client import ClientEvaluation
 from fedsim.federated.participation import Schedule, cohort_size, make_schedule
+from fedsim.federated.reports import ClientEvaluation
 from fedsim.federated.runtime import (
     Experiment,
     InProcessRuntime,

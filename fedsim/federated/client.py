@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from fedsim.federated.anchors import Anchors
 from fedsim.federated.combination import combined_scores
 from fedsim.federated.compression import Exchange
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, message_bytes
+from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.strategy import Strategy
 from fedsim.models.client_model import ClientModel, EntityInput, ModalityInput, Prototypes
 from fedsim.models.client_stack import ClientStack, ClientValues, Member, TrainingInput
@@ -25,40 +25,6 @@ from fedsim.models.optimizers import reset_state
 from fedsim.models.parameters import Params, select_view, with_prefix
 from fedsim.models.training import train_epochs
 from fedsim.randomness import torch_generator
-
-
-@dataclass(frozen=True)
-class ClientReport:
-    """What the driver learns of a client's round: numbers only.
-
-    Attributes:
-        client: the client's id.
-        losses: mean of each loss term, and ``total``.
-        bytes_down: size of what it was sent.
-        bytes_up: size of what it sent.
-        seconds: of its local training; of a batch, its share by training triples.
-    """
-
-    client: int
-    losses: dict[str, float]
-    bytes_down: int
-    bytes_up: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ClientEvaluation:
-    """Ranking metrics of one client on one split.
-
-    Attributes:
-        client: the client's id (with central training, the client whose triples were ranked).
-        metrics: filtered realistic ranking metrics.
-        combination: weight of the global copy's scores; None with a single view.
-    """
-
-    client: int
-    metrics: RankingMetrics
-    combination: float | None
 
 
 class Client:
@@ -153,13 +119,19 @@ class Client:
             round_num: seeds the imputation's draws.
             choose: choose the combination of views on this split (validation only); else use the chosen one.
         """
-        tables = self._embeddings(round_num)
-        can_choose = self.combination is not None and any(len(group.triples[split]) for group in self.data.groups)
-        options = self.strategy.combinations if choose and can_choose else (self.combination,)
         try:
-            tried = self._rank(split, tables, options)
+            tried = self._rank(split, self._embeddings(round_num), self.options(split, choose))
         except FedSimError as err:
             raise RunError(f"client {self.data.client}, round {round_num}, {split}: {err}") from err
+        return self.settle(tried, choose)
+
+    def options(self, split: str, choose: bool) -> tuple[float | None, ...]:
+        """Return the combinations of views that are tried on a split; None with a single view."""
+        can_choose = self.combination is not None and any(len(group.triples[split]) for group in self.data.groups)
+        return self.strategy.combinations if choose and can_choose else (self.combination,)
+
+    def settle(self, tried: Mapping[float | None, Sequence[RankingMetrics]], choose: bool) -> list[ClientEvaluation]:
+        """Take the best of the combinations that were tried, combination -> metrics of each group."""
         best = max(tried, key=lambda weight: weighted_mean(tried[weight]).mrr)
         if choose:
             self.combination = best
@@ -201,7 +173,7 @@ class Client:
         inputs = self._inputs()
         with torch.no_grad():
             tokens = self.model.tokens(self._view(view), inputs.entities)
-            imputation = self._imputation(view, round_num)
+            imputation = self.imputation(view, round_num)
             if imputation is None:
                 return tokens.values, tokens.available
             return tokens.values + imputation.values, tokens.available
@@ -311,7 +283,7 @@ class Client:
             )
         )
 
-    def _imputation(self, view: str, round_num: int) -> Imputation | None:
+    def imputation(self, view: str, round_num: int) -> Imputation | None:
         """Fill a view's missing tokens after a round's training; sampled once and kept until the values change."""
         if (view, round_num) not in self._imputations:
             impute_together([self], round_num)
@@ -320,7 +292,7 @@ class Client:
     def _embeddings(self, round_num: int) -> dict[str, Tensor]:
         """Embed all entities under each view, [num_kinds, num_entities, dim]."""
         stack = ClientStack(self.model, [self.member(round_num)])
-        return {view: stack.embed(view, self._imputation(view, round_num)) for view in self.strategy.views}
+        return {view: stack.embed(view, self.imputation(view, round_num)) for view in self.strategy.views}
 
     def _scores(
         self,

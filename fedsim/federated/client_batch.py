@@ -6,9 +6,11 @@ from torch import Tensor
 
 from fedsim.evaluation.consistency import ConsistencySums, TokenSample, sample_tokens, sum_samples
 from fedsim.evaluation.imputation import measure_imputation
-from fedsim.federated.client import Client, ClientEvaluation, ClientReport, impute_together, train_together
+from fedsim.federated.client import Client, impute_together, train_together
 from fedsim.federated.messages import Broadcast, ClientUpdate
+from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.shelf import Shelf
+from fedsim.federated.stacked_ranking import evaluate_together
 
 
 def train_clients(
@@ -30,7 +32,7 @@ def evaluate_clients(
 ) -> list[list[ClientEvaluation]]:
     """Rank the triples of a split at each client; results as of `Client.evaluate`, in the order of `clients`."""
     impute_together(clients, round_num)
-    results = [client.evaluate(split, round_num, choose=choose) for client in clients]
+    results = evaluate_together(clients, split, round_num, choose)
     for client in clients:
         client.forget_imputations()
     return results

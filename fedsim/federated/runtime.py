@@ -17,10 +17,11 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.evaluation.consistency import semantic_consistency, shared_entities
 from fedsim.federated import STRATEGIES, Strategy
 from fedsim.federated.batches import ClientSize, plan_batches
-from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.client import Client
 from fedsim.federated.client_batch import evaluate_clients, measure_clients, train_clients
 from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientUpdate
+from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.server import Server, ServerReport
 from fedsim.federated.shelf import Shelf
 from fedsim.models.client_model import pick

@@ -27,9 +27,10 @@ from fedsim.evaluation.consistency import ConsistencySums
 from fedsim.evaluation.ranking import RankingMetrics
 from fedsim.federated import STRATEGIES
 from fedsim.federated.aggregation import PartialSums, encode
-from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.client import Client
 from fedsim.federated.client_batch import train_clients
 from fedsim.federated.messages import ClientHello, ClientUpdate, SentRows, SoftQueries
+from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import Experiment, InProcessRuntime, prepare
 from leak_search import Secrets, leaks, leaves, secrets
 from runs import small_config
