@@ -18,14 +18,15 @@ from fedsim.config import Config
 from fedsim.data.clients import ClientData, with_matrices, without_matrices
 from fedsim.evaluation.consistency import ConsistencySums, merge_sums
 from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
-from fedsim.federated.client import Client, ClientEvaluation, ClientReport
+from fedsim.federated.client import Client
 from fedsim.federated.client_batch import evaluate_clients, measure_clients, train_clients
 from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
+from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import client_device, make_client
 from fedsim.federated.shelf import Shelf
 from fedsim.models.parameters import Params
-from fedsim.process import return_freed_memory, settle_process
+from fedsim.process import return_freed_memory, set_aside_imports, settle_process
 
 
 class _ClientActor:
@@ -48,6 +49,7 @@ class _ClientActor:
         self.sums: RoundSums | None = None
         share_tensors()
         settle_process(config.runtime.torch_threads)
+        set_aside_imports()
         # Private data is read from Ray's shared memory, and never written.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 

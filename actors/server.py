@@ -14,7 +14,7 @@ from fedsim.federated.aggregation import PartialSums, SumShape
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server, ServerReport
-from fedsim.process import return_freed_memory, settle_process
+from fedsim.process import return_freed_memory, set_aside_imports, settle_process
 
 
 class _ServerActor:
@@ -32,6 +32,7 @@ class _ServerActor:
         self.published: ObjectRef[Broadcast] | None = None
         share_tensors()
         settle_process(config.runtime.torch_threads)
+        set_aside_imports()
         self.server = Server(config, make_strategy(config), num_rows, feature_dims)
 
     def __repr__(self) -> str:
