@@ -36,7 +36,7 @@ def run_on_ray(
     """
     started_here = not ray.is_initialized()
     if started_here:
-        connect(address)
+        connect(address, dashboard=cells[0].config.runtime.dashboard)
     running: dict[ObjectRef[Outcome], Cell] = {}
     try:
         num_slots = _num_slots(cells, gpus_per_run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,20 +101,31 @@ def _is_twin(option: click.Parameter) -> bool:
     return option.name in OWN_OPTIONS and not option.expose_value
 
 
+def asked_for(option: str) -> bool:
+    """Tell whether an option stands on the command line."""
+    return click.get_current_context().get_parameter_source(option) == click.core.ParameterSource.COMMANDLINE
+
+
 def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, options: dict[str, Any]) -> Plan:
     """Make the plan of the options; all that is wrong with them is said here."""
     from fedsim.benchmark.methods import select_methods
-    from fedsim.benchmark.plan import Plan, check_changes, parse_missing
+    from fedsim.benchmark.plan import Plan, check_changes, check_trials, parse_missing
     from fedsim.benchmark.recipes import select_recipes
-    from fedsim.benchmark.tuned import BUNDLED, Tuned, read_tuned
+    from fedsim.benchmark.tuned import BUNDLED, Tuned, check_writable, read_tuned
 
     if options["tune"] and options["rates"] is not None:
         raise click.UsageError("--tune takes the missing rate of the recipe's budget; leave --rates out")
+    if options["tune"] and asked_for("seeds"):
+        raise click.UsageError("--tune takes the seed of the recipe's budget; leave --seeds out")
+    if options["tune"] and options["tuned"] is not None:
+        check_writable(options["tuned"])
     changes = current_overrides()
     if options["rounds"] is not None:
         changes = changes | {"federation.num_rounds": options["rounds"]}
     check_changes(changes)
     recipes = select_recipes(list(options["data"]))
+    if options["tune"]:
+        check_trials(recipes, changes)
     asked = None if options["rates"] is None else options["rates"].split(",")
     rates = {}
     for recipe in recipes:
@@ -147,7 +158,7 @@ def _benchmark(plan: Plan, execute: Executor, tuned: Path | None, console: Conso
     minutes = (time.perf_counter() - started) / 60
     footer = [
         f"{len(cells)} runs of {hours:.2f} h in all; this call did {num_run} in {minutes:.1f} min wall time.",
-        f"Hardware: {records.hardware()}{' and a GPU' if plan.on_gpu else ''}; fedsim {_version()}.",
+        f"Hardware: {records.hardware()}{' and a GPU' if plan.on_gpu else ''}; fedsim {_version(outcomes)}.",
     ]
     lines = tables.notes(compared, plan, footer)
     replace_text(plan.output / "table.md", tables.as_markdown(grids, lines, "runs.md"))
@@ -230,13 +241,16 @@ def _in_short(outcome: Outcome) -> str:
     return f"valid {outcome.result['valid_mrr']:.4f}  test {outcome.result['test']['mrr']:.4f}  {seconds:.0f} s"
 
 
-def _version() -> str:
-    from fedsim.run_folder import versions
+def _version(folders: Iterable[Path]) -> str:
+    """Name fedsim and the commits that the runs were made at."""
+    from importlib.metadata import version
 
-    found = versions()
-    commit, _, changed = (found["git_commit"] or "").partition("-")
-    shown = f", commit {commit[:12]}{' with changes' if changed else ''}" if commit else ""
-    return f"{found['packages']['fedsim']}{shown}"
+    from fedsim.benchmark.records import commits
+
+    found = commits(folders)
+    if len(found) > 1:
+        return f"{version('fedsim')} at SEVERAL commits, so methods may not compare: {', '.join(found)}"
+    return f"{version('fedsim')}{f', commit {found[0]}' if found else ''}"
 
 
 def _show_lists() -> None:

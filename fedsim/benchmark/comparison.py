@@ -105,7 +105,7 @@ def compare(plan: Plan, outcome_of: Callable[[Path], Outcome]) -> list[RecipeTab
             entries = []
             for method in plan.methods:
                 folders = [plan.folder(recipe, missing, method, seed) for seed in range(plan.num_seeds)]
-                tuned = plan.tuned.settings(recipe, method.name) is not None
+                tuned = plan.is_tuned(recipe, method)
                 outcomes = tuple(outcome_of(folder) for folder in folders)
                 entries.append(Entry(recipe, missing, method, outcomes, tuned))
             columns.append(make_column(missing, entries))

@@ -133,10 +133,10 @@ def select_methods(groups: Sequence[str], names: Sequence[str]) -> list[Method]:
     return [method for method in _ALL if method.name in names or set(groups) & set(method.groups)]
 
 
-def check_name(what: str, name: str, known: Iterable[str]) -> None:
+def check_name(what: str, name: object, known: Iterable[str]) -> None:
     """Refuse an unknown name; ConfigError names the nearest one and lists all."""
     known = list(known)
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
     raise ConfigError(f"unknown {what} '{name}'; the nearest is '{near[0]}', known are {', '.join(known)}")

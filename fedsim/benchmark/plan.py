@@ -1,7 +1,7 @@
 """The plan: which cells a benchmark has, with the resolved config and the run folder of each."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,11 @@ class Plan:
                             found[folder] = self._cell(recipe, missing, method, folder, settings, {"seed": seed})
         return list(found.values())
 
+    def is_tuned(self, recipe: Recipe, method: Method) -> bool:
+        """Tell whether a method runs with the values that were chosen for it: tuned, and no option changes them."""
+        chosen = self.tuned.settings(recipe, method.name)
+        return chosen is not None and not chosen.keys() & self.changes.keys()
+
     def trials(self) -> list[Cell]:
         """Make the cells of a tuning: each method with each trial of its recipe's budget."""
         found = []
@@ -174,6 +179,14 @@ def check_changes(changes: Mapping[str, Any]) -> None:
     for path in changes:
         if path in DECIDED:
             raise ConfigError(f"--{path} is what the benchmark varies or decides; leave it out")
+
+
+def check_trials(recipes: Iterable[Recipe], changes: Mapping[str, Any]) -> None:
+    """Refuse options that would make the trials of a tuning the same."""
+    for recipe in recipes:
+        for path in changes:
+            if any(path in trial for trial in recipe.tuning.trials):
+                raise ConfigError(f"--{path} is what the trials of recipe {recipe.name} vary; leave it out")
 
 
 def check_parts(config: Config) -> None:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsim.benchmark.methods import check_name
+from fedsim.config import DataConfig
 from fedsim.data.dataset import resolve_dataset
 from fedsim.errors import ConfigError, DataError
 
@@ -126,18 +127,22 @@ def find_data(recipe: Recipe, settings: Mapping[str, Any]) -> Path:
 
     Args:
         recipe: for its name and the advice it holds.
-        settings: what is run, with `data.path`.
+        settings: what is run.
 
     Raises:
         DataError: if it is not there; says what to import.
     """
     try:
-        folder = resolve_dataset(str(settings["data.path"]))
+        folder = resolve_dataset(str(settings.get("data.path", DataConfig().path)))
     except DataError as err:
         advice = f"; get it with: {recipe.obtain}" if recipe.obtain else ""
         raise DataError(f"recipe {recipe.name}: {err}{advice}") from err
     split = settings.get("data.split_file")
-    if split is not None and not (folder / "splits" / f"{split}.safetensors").is_file() and not Path(split).is_file():
+    if (
+        split is not None
+        and not (folder / "splits" / f"{split}.safetensors").is_file()
+        and not Path(str(split)).is_file()
+    ):
         advice = f"; import it again with its splits: {recipe.obtain}" if recipe.obtain else ""
         raise DataError(f"recipe {recipe.name}: {folder} has no split '{split}'{advice}")
     return folder

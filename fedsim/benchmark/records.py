@@ -2,10 +2,11 @@
 
 import csv
 import io
+import json
 import os
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def as_csv(tables: Sequence[RecipeTable]) -> str:
     for entry, seed, outcome in _runs(tables):
         writer.writerow(_row(entry, seed, outcome))
     return text.getvalue()
+
+
+def commits(folders: Iterable[Path]) -> list[str]:
+    """Return the commits of fedsim that made runs, as far as they were in a git checkout; one, if all is well."""
+    found = set()
+    for folder in folders:
+        file = folder / "versions.json"
+        if file.is_file():
+            commit, _, changed = (json.loads(file.read_text(encoding="utf-8"))["git_commit"] or "").partition("-")
+            found.add(f"{commit[:12]}{' with changes' if changed else ''}")
+    return sorted(found - {""})
 
 
 def as_run_list(tables: Sequence[RecipeTable], output: Path) -> str:

@@ -81,7 +81,7 @@ def notes(tables: Sequence[RecipeTable], plan: Plan, footer: Sequence[str]) -> l
     if protocols:
         lines.append(f"Tails alone are ranked, as FedE does, on {', '.join(protocols)}.")
     if any(not entry.tuned for entry in entries):
-        lines.append(f"{NOT_TUNED} not tuned on this data: the recipe's defaults.")
+        lines.append(f"{NOT_TUNED} not tuned on this data: the recipe's defaults, or what the options say.")
     if any(not entry.method.ranked for entry in entries):
         lines.append(f"{NOT_RANKED} sees what is hidden from the others; neither ranked nor bold.")
     if any(entry.method.fixed_rate for entry in entries):

@@ -67,6 +67,14 @@ def read_tuned(path: Path) -> Tuned:
     return Tuned(tree)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file to write tuned values to that is something else, or whose folder is not there; ConfigError."""
+    if path.exists():
+        read_tuned(path)
+    elif not path.absolute().parent.is_dir():
+        raise ConfigError(f"tuned values {path}: there is no folder {path.absolute().parent}; make it first")
+
+
 def check_name_of_field(field: str, fields: Sequence[str]) -> None:
     """Refuse a dotted path that is no config field."""
     if field not in fields:

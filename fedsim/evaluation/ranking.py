@@ -18,11 +18,9 @@ from torch import Tensor
 
 from fedsim.errors import RunError
 
-ScoreFunction = Callable[[Tensor, Tensor, bool], Tensor]
-"""(entity ids [batch], relation ids [batch], inverse) -> scores of all entities [batch, num_entities]."""
-
-ManyScores = Callable[[Tensor, Tensor, bool], Iterable[Tensor]]
-"""The same for several models: the scores of each in turn, which hold until the next ones are asked for."""
+ScoreFunction = Callable[[Tensor, Tensor, bool], Iterable[Tensor]]
+"""(entity ids [batch], relation ids [batch], inverse) -> scores of all entities [batch, num_entities], of one model
+after the other; a tensor holds until the next one is asked for."""
 
 # Scores per block: on a CPU the comparison then stays in the cache, an accelerator wants few large kernels.
 _BLOCK_SIZE_CPU = 1 << 18
@@ -165,6 +163,7 @@ def filtered_ranks(scores: Tensor, target: Tensor, known_row: Tensor, known_answ
     return ranks
 
 
+@torch.no_grad()
 def rank_triples(
     score_fn: ScoreFunction,
     triples: np.ndarray,
@@ -173,61 +172,28 @@ def rank_triples(
     batch_size: int = 512,
     both_sides: bool = True,
     candidates: Tensor | None = None,
-) -> Tensor:
-    """Rank the tail and the head of each triple: filtered, realistic ranks.
+    num_models: int = 1,
+) -> list[Tensor]:
+    """Rank the tail and the head of each triple by models that share work, such as mixtures: filtered, realistic ranks.
 
     Args:
-        score_fn: scores all entities for a batch of queries; gets ids on the CPU, may score on any device.
+        score_fn: scores all entities for a batch of queries, by each model in turn; gets ids on the CPU, may score on
+            any device.
         triples: ids of head, relation, tail. [n, 3]
         filter_index: the known answers that do not count.
         batch_size: queries per call of ``score_fn``.
         both_sides: tail and head queries; False for tail queries alone, the FedE convention.
         candidates: sorted ids of the only entities that compete, for example those of one client when a centrally
             trained model is ranked on it; the answers must be among them. All entities if None. [num_candidates]
+        num_models: how many there are.
 
     Returns:
-        Ranks, float64, on the CPU: all tail queries in the order of the triples, then all head queries. [n] or [2n]
+        Each model's ranks, float64, on the CPU: all tail queries in the order of the triples, then all head queries.
+        [n] or [2n]
 
     Raises:
         RunError: if a score is NaN or infinite.
         ValueError: if a right answer is not among the candidates.
-    """
-    (ranks,) = rank_by_each(
-        lambda *query: (score_fn(*query),),
-        1,
-        triples,
-        filter_index,
-        batch_size=batch_size,
-        both_sides=both_sides,
-        candidates=candidates,
-    )
-    return ranks
-
-
-@torch.no_grad()
-def rank_by_each(
-    score_fn: ManyScores,
-    num_models: int,
-    triples: np.ndarray,
-    filter_index: FilterIndex,
-    *,
-    batch_size: int = 512,
-    both_sides: bool = True,
-    candidates: Tensor | None = None,
-) -> list[Tensor]:
-    """Rank triples by several models that share work, such as mixtures of two.
-
-    Args:
-        score_fn: scores of the models in turn.
-        num_models: how many there are.
-        triples: these and the following arguments are those of `rank_triples`, and so are the errors.
-        filter_index: the known answers that do not count.
-        batch_size: queries per call of ``score_fn``.
-        both_sides: tail and head queries, or tails alone.
-        candidates: the only entities that compete.
-
-    Returns:
-        Each model's ranks, as of `rank_triples`.
     """
     head, relation, tail = _columns(triples)
     column = _candidate_columns(candidates, filter_index.num_entities)

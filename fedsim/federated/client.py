@@ -11,7 +11,7 @@ from fedsim.config import Config
 from fedsim.data.clients import ClientData
 from fedsim.data.dataset import Triples
 from fedsim.errors import FedSimError, RunError
-from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_by_each, summarise, weighted_mean
+from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples, summarise, weighted_mean
 from fedsim.federated.anchors import Anchors
 from fedsim.federated.combination import combined_scores
 from fedsim.federated.compression import Exchange
@@ -147,14 +147,14 @@ class Client:
         both_sides = self.config.evaluation.protocol == "both"
         ranked: dict[float | None, list[RankingMetrics]] = {weight: [] for weight in weights}
         for group in self.data.groups:
-            ranks = rank_by_each(
+            ranks = rank_triples(
                 lambda *query: self._scores(tables, weights, *query),
-                len(weights),
                 group.triples[split],
                 self.filters[group.name],
                 batch_size=self.config.evaluation.batch_size,
                 both_sides=both_sides,
                 candidates=torch.from_numpy(group.candidates) if len(self.data.groups) > 1 else None,
+                num_models=len(weights),
             )
             for weight, own in zip(weights, ranks, strict=True):
                 ranked[weight].append(summarise(own, ks=(1, 3, 10) if both_sides else (1, 5, 10)))
@@ -252,9 +252,7 @@ class Client:
         if reset == "always":
             reset_state(self.values.optimizer)
         elif reset == "global":
-            reset_state(self.values.optimizer, "global/")
-            if self.strategy.shares == "relation":
-                reset_state(self.values.optimizer, "relation")
+            reset_state(self.values.optimizer, self.strategy.is_shared)
 
     def update(self, round_num: int) -> ClientUpdate:
         """Assemble the message to the server: the global copy, with the averaged denoiser, and the extras."""
@@ -358,7 +356,7 @@ def impute_together(clients: Sequence[Client], round_num: int) -> None:
         for client in clients:
             client._imputations |= {(view, round_num): None for view in views}
         return
-    stack = ClientStack(clients[0].model, [client.member(round_num) for client in clients])
+    stack = ClientStack(clients[0].model, [client.member(round_num).without_training() for client in clients])
     for view in views:
         generators = [member.generator_of(f"evaluate/{view}") for member in stack.members]
         imputed = stack.impute(view, generators)

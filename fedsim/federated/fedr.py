@@ -23,6 +23,10 @@ class FedR(Strategy):
 
     shares = "relation"
 
+    def is_shared(self, name: str) -> bool:
+        """Tell whether a parameter is the server's at the start of each round: relations and modules."""
+        return name == "relation" or (super().is_shared(name) and name != "global/entity")
+
     def shared_ids(self, data: ClientData) -> Ids:
         """Return the global ids of a client's relations."""
         return data.relation_ids

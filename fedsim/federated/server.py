@@ -143,7 +143,7 @@ class Server:
         self.sums = RoundSums(self.sum_shape(), round_num, self.ownership)
 
     def _keep_rows(self) -> None:
-        """Take over the rows that clients sent; what a client has never sent is the server's, which it started from."""
+        """Take over the rows that clients sent; those a client has not sent yet (`top_k`) count as the server's."""
         for client, sent in self.sums.kept.items():
             owned = self.ownership[client]
             known = self.client_rows.get(client, self.global_model.entity[owned])

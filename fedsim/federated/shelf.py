@@ -75,6 +75,11 @@ class Shelf:
             data = file.read(place.used_bytes)
         except OSError as err:
             raise RunError(self._failure(err)) from err
+        if len(data) != place.used_bytes:
+            raise RunError(
+                f"client {client.data.client}: its state in 'runtime.scratch' = '{self.folder}' is cut short; "
+                f"continue from the last checkpoint with `fedsim resume`"
+            )
         client.load_state(load(data))
 
     def _put(self, client: Client) -> None:
@@ -88,6 +93,7 @@ class Shelf:
             file = self._open()
             file.seek(place.start)
             file.write(data)
+            file.flush()  # what cannot be written is said now, not at the next client
         except OSError as err:
             raise RunError(self._failure(err)) from err
         self._end = max(self._end, place.start + place.num_bytes)
@@ -95,7 +101,7 @@ class Shelf:
 
     def _open(self) -> IO[bytes]:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 (open to the end)
+            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (open to the end)
             weakref.finalize(self, self._file.close)
         return self._file
 

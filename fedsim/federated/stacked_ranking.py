@@ -71,7 +71,7 @@ class _StackedTables:
 
     def __init__(self, clients: Sequence[Client], round_num: int) -> None:
         self.clients = clients
-        self.stack = ClientStack(clients[0].model, [client.member(round_num) for client in clients])
+        self.stack = ClientStack(clients[0].model, [client.member(round_num).without_training() for client in clients])
         self.tables = {
             view: self.stack.embed(view, self._imputations([client.imputation(view, round_num) for client in clients]))
             for view in clients[0].strategy.views

@@ -105,6 +105,10 @@ class Strategy:
         """Views whose loss trains the relation table that all share; None for all."""
         return None
 
+    def is_shared(self, name: str) -> bool:
+        """Tell whether a parameter is the server's at the start of each round."""
+        return name.startswith("global/")
+
     def shared_ids(self, data: ClientData) -> Ids:
         """Return the global ids of the rows that a client shares, sorted."""
         return data.entity_ids

@@ -78,6 +78,10 @@ class Member:
         """Return how many entities the client has."""
         return self.inputs.entities.available.shape[1]
 
+    def without_training(self) -> "Member":
+        """Leave out what is of use in training alone: optimiser state and anchors."""
+        return replace(self, values=replace(self.values, optimizer={}, anchors={}))
+
 
 class ClientStack:
     """One client, whose tensors are used as they are, or several, whose tensors are stacked.

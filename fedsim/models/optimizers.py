@@ -4,7 +4,7 @@ State is a flat dict of tensors named ``<slot>/<parameter>``, so that it can be 
 over clients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def adagrad(params: Params, grads: Mapping[str, Tensor], state: Params, learning
 OPTIMIZERS = {"adam": adam, "adagrad": adagrad}
 
 
-def reset_state(state: Params, prefix: str = "") -> None:
-    """Forget the state of the parameters whose name starts with `prefix`."""
-    for name in [n for n in state if n.split("/", 1)[1].startswith(prefix)]:
+def reset_state(state: Params, of: Callable[[str], bool] | None = None) -> None:
+    """Forget the state of the parameters that `of` says, by their names; of all if it is None."""
+    for name in [n for n in state if of is None or of(n.split("/", 1)[1])]:
         del state[name]

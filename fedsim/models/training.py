@@ -113,7 +113,8 @@ def _start_epoch(
         ]
         for view in views
     }
-    if previous is None or stack.model.imputer.each_epoch:
+    imputer = stack.model.imputer
+    if previous is None or imputer.each_epoch or imputer.hide_rate > 0:  # what is hidden changes by epoch
         imputations = {view: stack.impute(view, noise[view], hidden[view]) for view in views}
     else:
         imputations = previous.imputations

@@ -217,6 +217,14 @@ def test_tuning_tries_the_same_on_every_method_and_its_file_is_used(
         (["--output", "out", "--gpus-per-run", "2"], "--gpus-per-run"),
         (["--output", "out", "--tuned", "nowhere.yaml"], "tuned values nowhere.yaml cannot be read"),
         (["--output", "out", "--tune", "--rates", "0.5"], "leave --rates out"),
+        (["--output", "out", "--tune", "--seeds", "3"], "leave --seeds out"),
+        (
+            ["--output", "out", "--tune", "--model.dropout", "0.2"],
+            "--model.dropout is what the trials of recipe wn_noto",
+        ),
+        (["--output", "out", "--tune", "--tuned", "no/such.yaml"], "tuned values no/such.yaml: there is no folder"),
+        (["--output", "out", "--tune", "--tuned", "full/thesis.tex"], "full/thesis.tex: the file must hold recipes"),
+        (["--output", "out", "--tuned", "numbers.yaml"], "unknown method '3'"),
         (["--output", "out", "--model.imputer", "mean"], "--model.imputer is what the benchmark varies"),
         (["--output", "out", "--model.scorer", "convx"], "'convx': unknown name"),
         (["--output", "out", "--seed", "3"], "No such option"),
@@ -231,7 +239,8 @@ def test_what_a_user_gets_wrong_is_one_message_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("")
+    (tmp_path / "full" / "thesis.tex").write_text("[a chapter]")
+    (tmp_path / "numbers.yaml").write_text("wn_noto: {3: {model.dropout: 0.4}}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FEDSIM_DATA", raising=False)
     assert cli.main(["benchmark", "--runtime", "in-process", *args]) == 2
@@ -241,6 +250,26 @@ def test_what_a_user_gets_wrong_is_one_message_and_exit_code_2(
     assert shown.out == ""
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_an_option_that_changes_a_tuned_value_is_marked(command: Command) -> None:
+    Path("tuned.yaml").write_text(yaml.safe_dump({"tiny": {name: {"model.dropout": 0.1} for name in METHODS}}))
+    assert command("--seeds", "1", "--output", "out", "--tuned", "tuned.yaml", "--model.dropout", "0.3") == 0
+    assert {row["tuned"] for row in _rows("out")} == {"no"}
+    assert "† not tuned on this data" in (Path("out") / "table.md").read_text()
+
+
+def test_runs_of_several_commits_are_named_in_the_table(command: Command) -> None:
+    """Code that changed between two calls makes methods that do not compare."""
+    assert command("--seeds", "1", "--output", "out") == 0
+    assert "SEVERAL" not in (Path("out") / "table.md").read_text()
+    one, other, *_ = sorted(Path("out").glob("tiny/*/*/*/versions.json"))
+    for file, commit in ((one, "a" * 40), (other, "b" * 40 + "-dirty")):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"git_commit": commit}))
+    assert command("--seeds", "1", "--output", "out") == 0
+    footer = (Path("out") / "table.md").read_text()
+    assert "at SEVERAL commits, so methods may not compare" in footer
+    assert "aaaaaaaaaaaa, bbbbbbbbbbbb with changes" in footer
 
 
 def test_the_lists_name_methods_groups_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:

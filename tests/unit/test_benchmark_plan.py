@@ -10,7 +10,7 @@ from builders import write_tiny_dataset
 from fedsim.benchmark.folder import check_free, locked, open_folder
 from fedsim.benchmark.methods import METHODS
 from fedsim.benchmark.plan import Missing, Plan, check_changes, parse_missing
-from fedsim.benchmark.recipes import Recipe, TuningBudget
+from fedsim.benchmark.recipes import Recipe, TuningBudget, find_data, select_recipes
 from fedsim.benchmark.tuned import Tuned
 from fedsim.errors import ConfigError, DataError, RunError
 
@@ -174,3 +174,18 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"), locked(tmp_path / "file" / ".lock", "busy"):
         pass
+
+
+def test_a_recipe_without_a_path_takes_the_default_data(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("title: mine\nsettings: {federation.num_rounds: 2}\nrecipes: {mine: {}}\n")
+    (recipe,) = select_recipes([str(file)])
+    assert find_data(recipe, recipe.settings).name == "wn_noto"
+
+
+def test_a_split_that_is_a_number_is_one_message(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("title: mine\nsettings: {data.split: given}\nrecipes: {mine: {data.split_file: 3}}\n")
+    (recipe,) = select_recipes([str(file)])
+    with pytest.raises(DataError, match="recipe mine: .* has no split '3'"):
+        find_data(recipe, recipe.settings)

@@ -41,7 +41,7 @@ def draw_tables(seed: int, num_entities: int, num_relations: int, num_levels: in
 
 def lookup(tables: tuple[Tensor, Tensor]) -> ScoreFunction:
     """Make a score function that reads the tables."""
-    return lambda entity, relation, inverse: tables[int(inverse)][relation, entity]
+    return lambda entity, relation, inverse: (tables[int(inverse)][relation, entity],)
 
 
 def test_golden_ties() -> None:
@@ -77,7 +77,7 @@ def test_non_finite_scores_are_an_error(bad: float, column: int) -> None:
 def test_rank_triples_refuses_non_finite_scores() -> None:
     triples = np.array([[0, 0, 1]])
     with pytest.raises(FedSimError, match="NaN or infinite"):
-        rank_triples(lambda *_: torch.full((1, 3), torch.nan), triples, FilterIndex.build(triples, 3, 1))
+        rank_triples(lambda *_: (torch.full((1, 3), torch.nan),), triples, FilterIndex.build(triples, 3, 1))
 
 
 def test_known_answers_by_hand() -> None:
@@ -145,8 +145,8 @@ def test_ranks_equal_a_plain_loop(
     index = FilterIndex.build(triples, num_entities, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "_BLOCK_SIZE_CPU", block_size)
-        ranks = rank_triples(lookup(tables), test, index, batch_size=batch_size, candidates=candidates)
-        tail_ranks = rank_triples(lookup(tables), test, index, both_sides=False, candidates=candidates)
+        (ranks,) = rank_triples(lookup(tables), test, index, batch_size=batch_size, candidates=candidates)
+        (tail_ranks,) = rank_triples(lookup(tables), test, index, both_sides=False, candidates=candidates)
     assert ranks.tolist() == expected
     assert tail_ranks.tolist() == expected[: len(test)]
 
@@ -155,12 +155,21 @@ def test_an_answer_outside_the_candidates_is_refused() -> None:
     triples = np.array([[0, 0, 1], [1, 0, 2]])
     index = FilterIndex.build(triples, 3, 1)
     with pytest.raises(ValueError, match="1 right answers are not among the candidates"):
-        rank_triples(lambda *_: torch.zeros(2, 3), triples, index, candidates=torch.tensor([0, 1]))
+        rank_triples(lambda *_: (torch.zeros(2, 3),), triples, index, candidates=torch.tensor([0, 1]))
+
+
+def test_several_models_are_ranked_side_by_side() -> None:
+    """Scores 3, 2, 1 put entity 1 second behind 0; their negatives too, behind 2; both sides ask for entity 1."""
+    triples = np.array([[0, 0, 1], [2, 0, 1]])
+    index = FilterIndex.build(np.array([[0, 0, 1]]), 3, 1)
+    scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 4.0]])
+    found = rank_triples(lambda *_: (scores, -scores), triples, index, both_sides=False, num_models=2)
+    assert [ranks.tolist() for ranks in found] == [[2.0, 3.0], [2.0, 1.0]]
 
 
 def test_no_triples_give_no_ranks() -> None:
     none = np.empty((0, 3), dtype=np.int64)
-    ranks = rank_triples(lambda *_: torch.zeros(0, 3), none, FilterIndex.build(none, 3, 1))
+    (ranks,) = rank_triples(lambda *_: (torch.zeros(0, 3),), none, FilterIndex.build(none, 3, 1))
     assert ranks.shape == (0,)
     assert summarise(ranks) == RankingMetrics(0.0, {1: 0.0, 3: 0.0, 10: 0.0}, 0)
 
@@ -197,7 +206,7 @@ def test_ranks_equal_pykeen(seed: int) -> None:
     expected = np.concatenate([rank for side in ("tail", "head") for rank in evaluator.ranks[side, "realistic"]])
 
     index = FilterIndex.build(triples, num_entities, num_relations)
-    ranks = rank_triples(lookup(model.tables), test, index, batch_size=16)
+    (ranks,) = rank_triples(lookup(model.tables), test, index, batch_size=16)
     assert ranks.tolist() == expected.tolist()
     assert (ranks % 1 == 0.5).any(), "the case has no ties"
     metrics = summarise(ranks)

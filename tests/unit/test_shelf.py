@@ -74,6 +74,20 @@ def test_what_does_not_change_is_not_written_again(tmp_path: Path) -> None:
         assert client.values.params["relation"].tolist() == [1.0, 1.0]
 
 
+def test_a_state_that_is_cut_short_is_one_message(tmp_path: Path) -> None:
+    client = small_client()
+    shelf = Shelf(str(tmp_path))
+    with shelf.at_work([client]):
+        client.values.params = {"relation": torch.ones(2000)}
+    assert shelf._file is not None
+    shelf._file.truncate(100)
+    with (
+        pytest.raises(RunError, match=r"client 0: its state in 'runtime.scratch' = .* is cut short"),
+        shelf.at_work([client]),
+    ):
+        pass
+
+
 def test_without_a_folder_all_stays_in_memory() -> None:
     client = small_client()
     with Shelf(None).at_work([client]):

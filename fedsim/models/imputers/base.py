@@ -111,7 +111,8 @@ class Imputer(Protocol):
     Attributes:
         hide_rate: share of the available modality tokens that training hides, anew each epoch, so that the other
             parts meet imputed tokens of entities whose true ones also shape the model.
-        each_epoch: whether each local epoch imputes anew; else the first one's imputation serves the whole round.
+        each_epoch: whether each local epoch imputes anew; else the first one's imputation serves the whole round,
+            unless training hides tokens.
     """
 
     hide_rate: float

@@ -35,7 +35,7 @@ class DiffusionImputer:
         self.config = config.diffusion
         self.dim = config.model.dim
         self.hide_rate = self.config.hide_rate
-        self.each_epoch = self.config.impute_each == "epoch" or self.hide_rate > 0  # what is hidden changes by epoch
+        self.each_epoch = self.config.impute_each == "epoch"
         self.prototype_weight = config.distillation.prototype
         self.num_tokens = num_tokens
         self.levels = signal_levels(self.config.schedule, self.config.steps)  # [steps + 1]

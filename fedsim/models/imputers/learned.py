@@ -29,7 +29,7 @@ class LearnedImputer(ABC):
         self.dim, self.num_tokens, self.noise_dim = config.model.dim, num_tokens, noise_dim
         self.num_draws = self.config.num_draws if noise_dim > 0 else 1
         self.hide_rate = self.config.hide_rate
-        self.each_epoch = self.config.impute_each == "epoch" or self.hide_rate > 0  # what is hidden changes by epoch
+        self.each_epoch = self.config.impute_each == "epoch"
 
     @abstractmethod
     def init(self, generator: torch.Generator) -> Params:

@@ -23,7 +23,7 @@ class NearestImputer(FixedImputer):
         """Keep the number of neighbours and when to impute."""
         self.num_neighbours = config.imputer.num_neighbours
         self.hide_rate = config.imputer.hide_rate
-        self.each_epoch = config.imputer.impute_each == "epoch" or self.hide_rate > 0  # what is hidden changes by epoch
+        self.each_epoch = config.imputer.impute_each == "epoch"
 
     def draw_imputation(self, available: Tensor, generator: torch.Generator) -> Draws:
         """Draw nothing; say, per modality, which entities lack it and which have it."""

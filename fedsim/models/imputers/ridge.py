@@ -20,7 +20,7 @@ class RidgeImputer(FixedImputer):
         """Keep the penalty and when to impute."""
         self.strength = config.imputer.ridge_strength
         self.hide_rate = config.imputer.hide_rate
-        self.each_epoch = config.imputer.impute_each == "epoch" or self.hide_rate > 0  # what is hidden changes by epoch
+        self.each_epoch = config.imputer.impute_each == "epoch"
 
     def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, draws: Draws) -> Imputation:
         """Fit and estimate, in double precision: a fit is a solution of as many equations as there are inputs."""
