@@ -180,7 +180,8 @@ class _ClientActor:
         for data, state in moved:
             client = self._add(data)
             with self.shelf.at_work([client]):
-                client.load_state(state)
+                # Copies: training changes values in place, and what came by the object store is not ours to change.
+                client.load_state({name: value.clone() for name, value in state.items()})
 
     def _train(
         self, clients: Sequence[int], round_num: int, broadcast: Broadcast | None

@@ -125,6 +125,11 @@ class RunFolder:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def remove_half_written(self) -> None:
+        """Delete what an interrupted checkpoint left: actors may write until they end, after the driver cleaned up."""
+        for folder in self.checkpoints.glob(".*.tmp"):
+            shutil.rmtree(folder, ignore_errors=True)
+
 
 def _exists(name: str) -> str:
     return f"run folder {name} exists; continue it with `fedsim resume {name}`, or give another --output"

@@ -7,7 +7,7 @@ checkpoint with the same numbers, `evaluate` ranks the test triples with the bes
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -96,8 +96,9 @@ def run(
     """
     RunFolder.refuse_existing(config)
     plan, runtime = _start(config, runtime_factory)
-    with closing(runtime):
+    with ExitStack() as last, closing(runtime):
         folder = RunFolder.create(config)  # not before the runtime stands: a start that fails leaves nothing behind
+        last.callback(folder.remove_half_written)
         return _run(plan, runtime, folder, Progress(), None, observer or SilentObserver())
 
 
@@ -121,7 +122,8 @@ def resume(
             _verify_best(folder.checkpoint(progress.best_round))
     folder.rewind_metrics(progress.round_num)
     plan, runtime = _start(config, runtime_factory)
-    with closing(runtime):
+    with ExitStack() as last, closing(runtime):
+        last.callback(folder.remove_half_written)
         if checkpoint is not None:
             runtime.load(checkpoint)
         return _run(plan, runtime, folder, progress, checkpoint, observer or SilentObserver())

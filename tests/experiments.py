@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from builders import tiny_graph
 from fedsim.config import Config, make_config
@@ -115,3 +116,32 @@ def linear_graph(num_entities: int = 60, seed: int = 0) -> KnowledgeGraph:
     image = graph.features["image"]
     image.values[:] = graph.features["text"].values[image.entity] @ mix
     return graph
+
+
+MIXED = {"data.split": "dirichlet", "data.dirichlet_alpha": 2.0, "data.num_clients": 3}  # relations are shared too
+
+
+def strategy_runtime(strategy: str, **overrides: Any) -> InProcessRuntime:
+    return small_runtime({"federation.strategy": strategy, "model.imputer": "zero", **MIXED, **overrides})
+
+
+def all_values(runtime: InProcessRuntime) -> dict[str, Tensor]:
+    """All state of clients and server."""
+    state = {
+        f"{number}/{name}": value
+        for number, client in runtime.clients.items()
+        for name, value in client.state().items()
+    }
+    assert runtime.server is not None
+    return state | {f"server/{name}": value for name, value in runtime.server.state().items()}
+
+
+def same_values(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def train_rounds(runtime: InProcessRuntime, num_rounds: int, start: int = 1) -> list[dict[str, float]]:
+    losses = []
+    for round_num in range(start, start + num_rounds):
+        losses += [report.losses for report in runtime.train(round_num, list(runtime.clients)).reports]
+    return losses

@@ -81,10 +81,12 @@ CLIENT_ACTOR_RETURNS = {
     "train": "tuple[list[ClientUpdate], tuple[list[ClientReport], int]]",
     "train_and_sum": "tuple[list[ClientReport], int]",
     "sum_up": "tuple[PartialSums, int]",
-    "release": "tuple[dict[int, dict[str, Tensor]], int]",  # to `adopt` of another actor alone: nothing else takes it
+    # A client that moves, as a whole: to `adopt` of another client actor alone, nothing else takes it.
+    "release": "tuple[list[tuple[ClientData, dict[str, Tensor]]], int]",
     "adopt": "None",
     "evaluate": "list[list[ClientEvaluation]]",
-    "measure": "tuple[list[dict[str, float]], ConsistencySums]",
+    "measure": "list[dict[str, float]]",
+    "sum_tokens": "ConsistencySums",
     "save": "None",
     "load": "None",
 }
@@ -293,7 +295,8 @@ def _readable(annotation: Any) -> str:
         "pathlib.",
         "fedsim.federated.messages.",
         "fedsim.federated.aggregation.",
-        "fedsim.federated.client.",
+        "fedsim.federated.reports.",
+        "fedsim.data.clients.",
         "fedsim.evaluation.consistency.",
     ):
         text = text.replace(prefix, "")

@@ -3,17 +3,22 @@
 import copy
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from builders import tiny_graph
-from experiments import generator, small_config, small_experiment, small_runtime
-from fedsim import simulation
-from fedsim.data.dataset import save_dataset
+from experiments import (
+    MIXED,
+    all_values,
+    generator,
+    same_values,
+    small_config,
+    small_experiment,
+    small_runtime,
+    strategy_runtime,
+    train_rounds,
+)
 from fedsim.errors import ConfigError
 from fedsim.federated import STRATEGIES
 from fedsim.federated.aggregation import RoundSums
@@ -22,40 +27,10 @@ from fedsim.federated.fedprox import squared_distance
 from fedsim.federated.fedr import relation_rows, relation_table
 from fedsim.federated.message_sizes import MessageSizes
 from fedsim.federated.pfedeg import mix_rows
-from fedsim.federated.runtime import InProcessRuntime, make_strategy
+from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server
-from fedsim.results import RoundSummary, SilentObserver, result_as_json
 
 FEDERATED = [name for name, strategy in STRATEGIES.items() if strategy.federated]
-MIXED = {"data.split": "dirichlet", "data.dirichlet_alpha": 2.0, "data.num_clients": 3}  # relations are shared too
-
-
-def _runtime(strategy: str, **overrides: Any) -> InProcessRuntime:
-    return small_runtime({"federation.strategy": strategy, "model.imputer": "zero", **MIXED, **overrides})
-
-
-def _values(runtime: InProcessRuntime) -> dict[str, Tensor]:
-    """All state of clients and server."""
-    state = {
-        f"{number}/{name}": value
-        for number, client in runtime.clients.items()
-        for name, value in client.state().items()
-    }
-    assert runtime.server is not None
-    return state | {f"server/{name}": value for name, value in runtime.server.state().items()}
-
-
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def _train(runtime: InProcessRuntime, num_rounds: int, start: int = 1) -> list[dict[str, float]]:
-    losses = []
-    for round_num in range(start, start + num_rounds):
-        losses += [report.losses for report in runtime.train(round_num, list(runtime.clients)).reports]
-    return losses
-
-
 # FedProx
 
 
@@ -74,19 +49,19 @@ def test_the_proximal_term_by_hand() -> None:
 @pytest.mark.parametrize("imputer", ["zero", "diffusion"])
 def test_fedprox_with_mu_zero_is_fede_to_the_bit(imputer: str) -> None:
     settings = {"model.imputer": imputer, "model.dropout": 0.2, "federation.proximal_mu": 0.0}
-    one, other = _runtime("fedprox", **settings), _runtime("fede", **settings)
-    assert _train(one, 3) == _train(other, 3)
-    assert _same(_values(one), _values(other))
+    one, other = strategy_runtime("fedprox", **settings), strategy_runtime("fede", **settings)
+    assert train_rounds(one, 3) == train_rounds(other, 3)
+    assert same_values(all_values(one), all_values(other))
 
 
 def test_a_large_mu_holds_rows_and_modules_and_not_the_relations() -> None:
     """What a round moves, against FedE: federated parameters move much less, the private relations do not."""
     moved: dict[str, dict[str, float]] = {}
     for mu in (0.0, 1000.0):
-        runtime = _runtime("fedprox", **{"federation.proximal_mu": mu, "training.batch_size": 8})
+        runtime = strategy_runtime("fedprox", **{"federation.proximal_mu": mu, "training.batch_size": 8})
         client = runtime.clients[0]
         before = {name: value.clone() for name, value in client.values.params.items()}
-        losses = _train(runtime, 1)
+        losses = train_rounds(runtime, 1)
         assert ("proximal" in losses[0]) == (mu > 0)
         moved[str(mu)] = {name: float((client.values.params[name] - value).norm()) for name, value in before.items()}
     free, held = moved.values()
@@ -124,19 +99,19 @@ def test_padded_rows_take_no_gradient_and_real_ones_turn_to_the_received() -> No
 
 def test_before_a_first_training_the_term_is_ln_2_and_moves_nothing() -> None:
     """Round 1 is FedE's to the bit; the rows that clients keep are those they sent, and round 2 differs."""
-    one, other = _runtime("fedec", **{"federation.contrastive_weight": 0.5}), _runtime("fede")
-    first = _train(one, 1)[0]
-    _train(other, 1)
+    one, other = strategy_runtime("fedec", **{"federation.contrastive_weight": 0.5}), strategy_runtime("fede")
+    first = train_rounds(one, 1)[0]
+    train_rounds(other, 1)
     assert first["contrastive"] == pytest.approx(0.5 * math.log(2), rel=1e-6)
     for number, client in one.clients.items():
         rows = client.values.params["global/entity"]
         assert torch.equal(rows, other.clients[number].values.params["global/entity"])
         assert client.anchors.previous is not None
         assert torch.equal(client.anchors.previous, rows)
-    assert _train(one, 1, start=2)[0]["contrastive"] != first["contrastive"]
-    _train(other, 1, start=2)
+    assert train_rounds(one, 1, start=2)[0]["contrastive"] != first["contrastive"]
+    train_rounds(other, 1, start=2)
     name = "server/entity"
-    assert not torch.equal(_values(one)[name], _values(other)[name])
+    assert not torch.equal(all_values(one)[name], all_values(other)[name])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -157,7 +132,7 @@ def test_only_those_that_ask_for_constants_have_them_and_for_a_round_alone(strat
 
 def test_fedlu_sends_rows_and_modules_alone_and_answers_with_the_private_model() -> None:
     """The global copy can be anything: the ranks are those of the private model."""
-    runtime = _runtime("fedlu", **{"model.imputer": "diffusion"})
+    runtime = strategy_runtime("fedlu", **{"model.imputer": "diffusion"})
     client = runtime.clients[0]
     assert runtime.server is not None
     update, report = client.train(1, client.own_part(runtime.server.begin_round(1)))
@@ -178,10 +153,10 @@ def test_fedlu_sends_rows_and_modules_alone_and_answers_with_the_private_model()
 def test_mmfed3_is_fedlu_once_all_else_is_off() -> None:
     off = {f"distillation.feature_to_{who}": 0.0 for who in ("client", "global")}
     off |= {"distillation.send_prototypes": False, "distillation.num_soft_queries": 0}
-    one, other = _runtime("mmfed3", **off), _runtime("fedlu", **off)
-    assert _train(one, 3) == _train(other, 3)
-    one_values, other_values = _values(one), _values(other)
-    assert _same(
+    one, other = strategy_runtime("mmfed3", **off), strategy_runtime("fedlu", **off)
+    assert train_rounds(one, 3) == train_rounds(other, 3)
+    one_values, other_values = all_values(one), all_values(other)
+    assert same_values(
         *(
             {name: value for name, value in values.items() if "combination" not in name}
             for values in (one_values, other_values)
@@ -205,7 +180,7 @@ def test_a_relation_is_one_row(reciprocal: bool) -> None:
 
 
 def test_fedr_averages_relations_over_their_holders_and_leaves_entities_alone() -> None:
-    runtime = _runtime("fedr", **{"model.fusion": "split"})
+    runtime = strategy_runtime("fedr", **{"model.fusion": "split"})
     assert runtime.server is not None
     sent = []
     broadcast = runtime.server.begin_round(1)
@@ -233,8 +208,8 @@ def test_fedr_averages_relations_over_their_holders_and_leaves_entities_alone() 
 
 def test_fedr_shares_nothing_between_clients_without_a_common_relation() -> None:
     """With the relations split, the server's row is the one its only holder sent."""
-    runtime = _runtime("fedr", **{"data.split": "relation", "data.num_clients": 2})
-    _train(runtime, 1)
+    runtime = strategy_runtime("fedr", **{"data.split": "relation", "data.num_clients": 2})
+    train_rounds(runtime, 1)
     assert runtime.server is not None
     for client in runtime.clients.values():
         mine = relation_rows(client.values.params["relation"], reciprocal=True)
@@ -242,8 +217,8 @@ def test_fedr_shares_nothing_between_clients_without_a_common_relation() -> None
 
 
 def test_the_optimiser_of_what_is_federated_starts_anew_where_asked() -> None:
-    runtime = _runtime("fedr", **{"training.reset_optimizer": "global"})
-    _train(runtime, 1)
+    runtime = strategy_runtime("fedr", **{"training.reset_optimizer": "global"})
+    train_rounds(runtime, 1)
     kept = {slot.split("/", 1)[1] for slot in runtime.clients[0].values.optimizer}
     assert kept == {"global/entity"}, "with FedR entities are private: their state is kept"
 
@@ -276,10 +251,10 @@ def test_a_mixture_by_hand() -> None:
 
 
 def test_each_client_is_sent_its_own_mixture_and_none_of_the_others() -> None:
-    runtime = _runtime("pfedeg")
+    runtime = strategy_runtime("pfedeg")
     assert runtime.server is not None
     assert runtime.server.begin_round(0).personal is None
-    _train(runtime, 2)
+    train_rounds(runtime, 2)
     trained = {number: client.values.params["global/entity"].clone() for number, client in runtime.clients.items()}
     owned = {number: client.entity_ids for number, client in runtime.clients.items()}
     broadcast = runtime.server.begin_round(3)
@@ -294,7 +269,7 @@ def test_each_client_is_sent_its_own_mixture_and_none_of_the_others() -> None:
 
 
 def test_a_client_that_never_sent_is_sent_the_mean() -> None:
-    runtime = _runtime("pfedeg")
+    runtime = strategy_runtime("pfedeg")
     runtime.train(1, [0, 1])
     assert runtime.server is not None
     broadcast, client = runtime.server.begin_round(2), runtime.clients[2]
@@ -305,10 +280,10 @@ def test_a_client_that_never_sent_is_sent_the_mean() -> None:
 
 @pytest.mark.parametrize("communication", [{}, {"communication.top_k": 0.3}])
 def test_mixtures_have_the_same_bits_in_any_order_and_by_partial_sums(communication: dict[str, Any]) -> None:
-    runtime = _runtime("pfedeg", **communication)
+    runtime = strategy_runtime("pfedeg", **communication)
     server = runtime.server
     assert server is not None
-    _train(runtime, 1)
+    train_rounds(runtime, 1)
     before = {name: value.clone() for name, value in server.state().items()}
     broadcast = server.begin_round(2)
     updates = [client.train(2, client.own_part(broadcast))[0] for client in runtime.clients.values()]
@@ -333,7 +308,7 @@ def test_mixtures_have_the_same_bits_in_any_order_and_by_partial_sums(communicat
         personal = other.begin_round(3).personal
         assert personal is not None
         states.append(other.state() | {f"personal/{client}": rows for client, rows in personal.items()})
-    assert all(_same(states[0], state) for state in states)
+    assert all(same_values(states[0], state) for state in states)
     for number, client in runtime.clients.items():
         rows = client.values.params["global/entity"]
         known = states[0][f"clients/{number:05d}"]
@@ -351,7 +326,7 @@ def test_mixtures_have_the_same_bits_in_any_order_and_by_partial_sums(communicat
 
 @pytest.mark.parametrize("strategy", FEDERATED)
 def test_the_bytes_of_messages_are_foreseen(strategy: str) -> None:
-    runtime = _runtime(strategy)
+    runtime = strategy_runtime(strategy)
     experiment = small_experiment({"federation.strategy": strategy, "model.imputer": "zero", **MIXED})
     sizes = MessageSizes(experiment.config, make_strategy(experiment.config), experiment.feature_dims)
     for round_num in (1, 2):
@@ -362,15 +337,15 @@ def test_the_bytes_of_messages_are_foreseen(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", FEDERATED)
 def test_state_of_clients_and_server_is_all_that_a_round_depends_on(strategy: str) -> None:
-    runtime, other = _runtime(strategy), _runtime(strategy)
-    _train(runtime, 2)
+    runtime, other = strategy_runtime(strategy), strategy_runtime(strategy)
+    train_rounds(runtime, 2)
     assert runtime.server is not None
     assert other.server is not None
     other.server.load_state(copy.deepcopy(runtime.server.state()))
     for number, client in other.clients.items():
         client.load_state(copy.deepcopy(runtime.clients[number].state()))
-    assert _train(runtime, 1, start=3) == _train(other, 1, start=3)
-    assert _same(_values(runtime), _values(other))
+    assert train_rounds(runtime, 1, start=3) == train_rounds(other, 1, start=3)
+    assert same_values(all_values(runtime), all_values(other))
 
 
 def test_one_client_with_all_data_trains_as_central_training_to_the_bit() -> None:
@@ -385,112 +360,12 @@ def test_one_client_with_all_data_trains_as_central_training_to_the_bit() -> Non
     client, other = fede.clients[0], central.clients[0]
     other.strategy.views = ("global",)
     other.load_state(copy.deepcopy(client.state()))
-    assert _train(fede, 1) == [report.losses for report in central.train(1, [0]).reports]
-    assert _same(client.state(), other.state())
+    assert train_rounds(fede, 1) == [report.losses for report in central.train(1, [0]).reports]
+    assert same_values(client.state(), other.state())
     assert client.evaluate("test", 1, choose=False)[0].metrics == other.evaluate("test", 1, choose=False)[0].metrics
     assert fede.server is not None
     after = fede.server.begin_round(2)
     assert torch.allclose(after.entity[client.entity_ids], client.values.params["global/entity"], rtol=0, atol=1e-12)
-
-
-# Ranking with what was aggregated
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
-class Killer(SilentObserver):
-    """Kills the run after a round."""
-
-    def round_finished(self, summary: RoundSummary) -> None:
-        if summary.round_num == 2:
-            raise Killed
-
-
-def _outcome(result: simulation.RunResult) -> dict[str, Any]:
-    return {name: value for name, value in result_as_json(result).items() if name != "seconds"}
-
-
-@pytest.mark.parametrize(("strategy", "evaluate_on"), [("fedec", None), ("pfedeg", "aggregated")])
-def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(
-    strategy: str, evaluate_on: str | None, tmp_path: Path
-) -> None:
-    save_dataset(tiny_graph(), tmp_path / "tiny")
-    settings = {
-        "data.path": str(tmp_path / "tiny"),
-        **MIXED,
-        "federation.strategy": strategy,
-        "federation.cohort_size": 2,
-        "evaluation.evaluate_on": evaluate_on,
-    }
-    one, other = (small_config({**settings, "output": str(tmp_path / name)}) for name in ("unbroken", "broken"))
-    unbroken = simulation.run(one)
-    with pytest.raises(Killed):
-        simulation.run(other, observer=Killer())
-    assert _outcome(simulation.resume(tmp_path / "broken")) == _outcome(unbroken)
-    assert _outcome(simulation.evaluate(tmp_path / "unbroken")) == _outcome(unbroken)
-
-
-@pytest.mark.parametrize("strategy", FEDERATED)
-def test_ranking_what_was_aggregated_changes_no_training(strategy: str) -> None:
-    """Delivered for the ranking and delivered again at the next round are one: all but the ranking is as without."""
-    plain, delivered = _runtime(strategy), _runtime(strategy)
-    for round_num, cohort in ((1, [0, 1, 2]), (2, [0, 2]), (3, [1, 2])):
-        for runtime in (plain, delivered):
-            reports = runtime.train(round_num, cohort).reports
-            if runtime is plain:
-                expected = reports
-        assert [report.losses for report in reports] == [report.losses for report in expected]
-        assert [report.bytes_down for report in reports] == [report.bytes_down for report in expected]
-        delivered.deliver(round_num + 1)
-    assert plain.server is not None
-    assert delivered.server is not None
-    assert _same(plain.server.state(), delivered.server.state())
-
-
-def test_aggregated_ranks_each_client_with_the_servers_rows_of_the_round(tmp_path: Path) -> None:
-    """The models of the best round are the server's rows and modules, not what the clients trained."""
-    save_dataset(tiny_graph(), tmp_path / "tiny")
-    found = {}
-    for name in ("trained", "aggregated"):
-        config = small_config(
-            {
-                "data.path": str(tmp_path / "tiny"),
-                "output": str(tmp_path / name),
-                "federation.strategy": "fede",
-                "model.imputer": "zero",
-                "evaluation.evaluate_on": name,
-            }
-        )
-        result = simulation.run(config)
-        runtime = InProcessRuntime(simulation.prepare(config))
-        runtime.load(result.folder / "models")
-        assert runtime.server is not None
-        same = {
-            torch.equal(client.values.params["global/entity"], runtime.server.global_model.entity[client.entity_ids])
-            for client in runtime.clients.values()
-        }
-        assert same == {name == "aggregated"}
-        found[name] = result
-    assert found["trained"].bytes_down == found["aggregated"].bytes_down
-    assert found["trained"].test != found["aggregated"].test
-
-
-def test_the_protocol_of_fede_ranks_what_was_aggregated_unless_told_otherwise() -> None:
-    assert not small_config().evaluation.on_aggregated
-    assert small_config({"evaluation.protocol": "fede"}).evaluation.on_aggregated
-    assert small_config({"evaluation.evaluate_on": "aggregated"}).evaluation.on_aggregated
-    kept = small_config({"evaluation.protocol": "fede", "evaluation.evaluate_on": "trained"})
-    assert not kept.evaluation.on_aggregated
-
-
-def test_rows_that_never_arrive_cannot_be_ranked() -> None:
-    settings = {"evaluation.protocol": "fede", "communication.top_k": 0.5, "federation.strategy": "fede"}
-    with pytest.raises(ConfigError, match=r"'evaluation\.evaluate_on' .* set evaluate_on to trained, or top_k to null"):
-        make_strategy(small_config(settings))
-    make_strategy(small_config({**settings, "evaluation.evaluate_on": "trained"}))
-    make_strategy(small_config({**settings, "federation.strategy": "local"}))
 
 
 @pytest.mark.parametrize(

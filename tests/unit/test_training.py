@@ -10,7 +10,7 @@ from experiments import small_client, small_config, small_runtime
 from fedsim.errors import RunError
 from fedsim.federated.client import Client
 from fedsim.models import training
-from fedsim.models.client_stack import ClientValues
+from fedsim.models.client_stack import ClientStack, ClientValues
 from fedsim.models.fusion import FUSIONS
 from fedsim.models.training import update_ema
 
@@ -163,3 +163,28 @@ def test_the_optimizer_state_lasts_only_where_asked() -> None:
     runtime.train(1, [0])
     names = {name.split("/")[1] for name in runtime.clients[0].values.optimizer}
     assert names == {"local", "relation"}
+
+
+@pytest.mark.parametrize(
+    ("imputer", "settings", "expected"),
+    [
+        ("mean", {}, 3),
+        ("diffusion", {}, 1),
+        ("diffusion", {"diffusion.impute_each": "epoch"}, 3),
+        ("diffusion", {"diffusion.hide_rate": 0.3}, 3),
+        ("nearest", {}, 1),
+        ("ridge", {"imputer.hide_rate": 0.3}, 3),
+        ("mlp", {"imputer.impute_each": "epoch"}, 3),
+        ("mlp", {"imputer.hide_rate": 0.3}, 3),
+    ],
+)
+def test_tokens_are_filled_each_epoch_or_round(
+    imputer: str, settings: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where training hides tokens, what is missing changes by epoch, and so must what fills it."""
+    client = _local(**{"training.local_epochs": 3, "model.imputer": imputer, **settings})
+    calls = []
+    fill = ClientStack.impute
+    monkeypatch.setattr(ClientStack, "impute", lambda *args: calls.append(1) or fill(*args))
+    client.train(1, None)
+    assert len(calls) == expected
