@@ -29,12 +29,8 @@ def evaluate_together(
         choose: choose the combination of views on this split.
     """
     if len(clients) > 1 and all(len(client.data.groups) == 1 for client in clients):
-        try:
-            tried = _rank(clients, split, round_num, [client.options(split, choose) for client in clients])
-        except RunError:
-            pass  # a score is not finite: one by one, below, the client is found and named
-        else:
-            return [client.settle(metrics, choose) for client, metrics in zip(clients, tried, strict=True)]
+        tried = _rank(clients, split, round_num, [client.options(split, choose) for client in clients])
+        return [client.settle(metrics, choose) for client, metrics in zip(clients, tried, strict=True)]
     return [client.evaluate(split, round_num, choose=choose) for client in clients]
 
 
@@ -54,7 +50,11 @@ def _rank(
         for inverse in (False, True) if both_sides else (False,):
             for start in range(0, max(map(len, triples)), width):
                 rows = [own[start : start + width] for own in triples]
-                _rank_rows(batch, rows, inverse, weights, ranks)
+                try:
+                    _rank_rows(batch, rows, inverse, weights, ranks)
+                except _NotFiniteError as err:
+                    name = clients[err.place].data.client
+                    raise RunError(f"client {name}, round {round_num}, {split}: {err}") from err
     ks = (1, 3, 10) if both_sides else (1, 5, 10)
     none = torch.empty(0, dtype=torch.float64)
     return [
@@ -64,6 +64,14 @@ def _rank(
         }
         for place in range(len(clients))
     ]
+
+
+class _NotFiniteError(RunError):
+    """A client's scores are not finite; `place` is its place in the stack."""
+
+    def __init__(self, place: int, message: str) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class _StackedTables:
@@ -146,6 +154,10 @@ def _rank_rows(
     known = torch.cat(rows).to(device), torch.cat(answers).to(device)
     asked = entity.to(device), relation.to(device)
     for scores, by_client in zip(batch.scores(*asked, inverse, weights), ranks, strict=True):
-        found = filtered_ranks(scores.flatten(0, 1), target.flatten().to(device), *known).cpu().view(-1, width)
+        try:
+            found = filtered_ranks(scores.flatten(0, 1), target.flatten().to(device), *known).cpu().view(-1, width)
+        except RunError as err:
+            place = int((~scores.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise _NotFiniteError(place, str(err)) from err
         for ranked, own, all_of_them in zip(found, triples, by_client, strict=True):
             all_of_them.append(ranked[: len(own)])
