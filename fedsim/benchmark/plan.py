@@ -12,11 +12,7 @@ from fedsim.benchmark.tuned import Tuned
 from fedsim.config import Config, make_config
 from fedsim.errors import ConfigError
 from fedsim.federated import STRATEGIES
-from fedsim.models.client_model import pick
-from fedsim.models.fusion import FUSIONS
-from fedsim.models.imputers import IMPUTERS
-from fedsim.models.losses import LOSSES
-from fedsim.models.scorers import SCORERS
+from fedsim.models.client_model import ClientModel, pick
 
 CLIENT_RATE = 0.5  # share of the clients that lack a modality, where `client` says no other
 ANY = "any"  # folder of runs that serve all missing rates
@@ -192,7 +188,4 @@ def check_trials(recipes: Iterable[Recipe], changes: Mapping[str, Any]) -> None:
 def check_parts(config: Config) -> None:
     """Refuse a config that names a part that does not exist, before anything runs."""
     pick(STRATEGIES, "federation.strategy", config.federation.strategy)
-    pick(IMPUTERS, "model.imputer", config.model.imputer)
-    pick(FUSIONS, "model.fusion", config.model.fusion)
-    pick(SCORERS, "model.scorer", config.model.scorer)
-    pick(LOSSES, "training.loss", config.training.loss)
+    ClientModel(config, {})

@@ -24,7 +24,7 @@ from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.server import Server, ServerReport
 from fedsim.federated.shelf import Shelf
-from fedsim.models.client_model import pick
+from fedsim.models.client_model import ClientModel, pick
 from fedsim.process import settle_process
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ RuntimeFactory = Callable[[Experiment], Runtime]
 def prepare(config: Config) -> Experiment:
     """Load the data set that the config names and divide it among clients."""
     strategy = make_strategy(config)
+    ClientModel(config, {})  # refuses unknown parts here, before any process starts
     graph = load_dataset(resolve_dataset(config.data.path))
     split = load_federated_split(graph, config)
     size = config.federation.cohort_size
