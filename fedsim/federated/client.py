@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.data.clients import ClientData
-from fedsim.data.dataset import Triples
+from fedsim.data.clients import ClientData, EvaluationGroup
 from fedsim.errors import FedSimError, RunError
 from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples, summarise, weighted_mean
 from fedsim.federated.anchors import Anchors
@@ -50,10 +49,6 @@ class Client:
             for name, item in data.features.items()
         }
         self.triples = torch.from_numpy(data.train).to(device)
-        self.filters = {
-            group.name: _filter_index(group.triples, len(data.entity_ids), len(data.relation_ids))
-            for group in data.groups
-        }
         self.values = ClientValues()
         self.available = self.model.availability(len(data.entity_ids), self.features).to(device)
         self.values.params["relation"] = self.model.init_relations(
@@ -150,7 +145,7 @@ class Client:
             ranks = rank_triples(
                 lambda *query: self._scores(tables, weights, *query),
                 group.triples[split],
-                self.filters[group.name],
+                self.filter_index(group),
                 batch_size=self.config.evaluation.batch_size,
                 both_sides=both_sides,
                 candidates=torch.from_numpy(group.candidates) if len(self.data.groups) > 1 else None,
@@ -159,6 +154,11 @@ class Client:
             for weight, own in zip(weights, ranks, strict=True):
                 ranked[weight].append(summarise(own, ks=(1, 3, 10) if both_sides else (1, 5, 10)))
         return ranked
+
+    def filter_index(self, group: EvaluationGroup) -> FilterIndex:
+        """Index the known answers of a group; anew each time, as it takes more memory than time."""
+        known = np.concatenate(list(group.triples.values()))
+        return FilterIndex.build(known, len(self.data.entity_ids), len(self.data.relation_ids))
 
     def scores(self, entity: Tensor, relation: Tensor, inverse: bool, round_num: int) -> Tensor:
         """Score all entities of the client for queries of local ids, [batch] -> [batch, num_entities]."""
@@ -362,7 +362,3 @@ def impute_together(clients: Sequence[Client], round_num: int) -> None:
         imputed = stack.impute(view, generators)
         for client, own in zip(clients, stack.split(imputed), strict=True):
             client._imputations[view, round_num] = own
-
-
-def _filter_index(triples: Mapping[str, Triples], num_entities: int, num_relations: int) -> FilterIndex:
-    return FilterIndex.build(np.concatenate(list(triples.values())), num_entities, num_relations)

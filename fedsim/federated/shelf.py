@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 
 from fedsim.errors import RunError
 from fedsim.federated.client import Client
+from fedsim.process import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Shelf:
             if changes or client.data.client not in self._places:
                 self._put(client)
             client.load_state({})
+        return_freed_memory()  # whoever keeps state in a file wants memory more than milliseconds
 
     def forget(self, client: int) -> None:
         """Give up what is kept of a client that goes elsewhere; its part of the file stays unused."""

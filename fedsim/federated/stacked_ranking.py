@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import RunError
-from fedsim.evaluation.ranking import RankingMetrics, filtered_ranks, summarise
+from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, filtered_ranks, summarise
 from fedsim.federated.client import Client
 from fedsim.federated.reports import ClientEvaluation
 from fedsim.models.client_model import ClientModel
@@ -46,12 +46,13 @@ def _rank(
     with torch.no_grad():
         batch = _StackedTables(clients, round_num)
         triples = [torch.from_numpy(client.data.groups[0].triples[split].copy()) for client in clients]
+        filters = [client.filter_index(client.data.groups[0]) for client in clients]
         width = max(config.batch_size // len(clients), 1)
         for inverse in (False, True) if both_sides else (False,):
             for start in range(0, max(map(len, triples)), width):
                 rows = [own[start : start + width] for own in triples]
                 try:
-                    _rank_rows(batch, rows, inverse, weights, ranks)
+                    _rank_rows(batch, rows, filters, inverse, weights, ranks)
                 except _NotFiniteError as err:
                     name = clients[err.place].data.client
                     raise RunError(f"client {name}, round {round_num}, {split}: {err}") from err
@@ -78,7 +79,6 @@ class _StackedTables:
     """What the clients of a stack score with: their embeddings under each view, and their relations."""
 
     def __init__(self, clients: Sequence[Client], round_num: int) -> None:
-        self.clients = clients
         self.stack = ClientStack(clients[0].model, [client.member(round_num).without_training() for client in clients])
         self.tables = {
             view: self.stack.embed(view, self._imputations([client.imputation(view, round_num) for client in clients]))
@@ -136,6 +136,7 @@ def _mix(scored: Mapping[str, Tensor], weights: Sequence[float | None]) -> Tenso
 def _rank_rows(
     batch: _StackedTables,
     triples: Sequence[Tensor],
+    filters: Sequence[FilterIndex],
     inverse: bool,
     weights: Sequence[Sequence[float | None]],
     ranks: Sequence[Sequence[list[Tensor]]],
@@ -146,9 +147,8 @@ def _rank_rows(
     entity, target = (tail, head) if inverse else (head, tail)
     width = entity.shape[1]
     rows, answers = [], []
-    for place, (client, own) in enumerate(zip(batch.clients, triples, strict=True)):
-        filters = client.filters[client.data.groups[0].name]
-        row, answer = filters.known(own[:, 2 if inverse else 0], own[:, 1], inverse)
+    for place, (index, own) in enumerate(zip(filters, triples, strict=True)):
+        row, answer = index.known(own[:, 2 if inverse else 0], own[:, 1], inverse)
         rows.append(row + place * width)
         answers.append(answer)
     known = torch.cat(rows).to(device), torch.cat(answers).to(device)
