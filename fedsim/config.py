@@ -16,6 +16,7 @@ from fedsim.config_types import Count, Positive, Rate, Section, Weight
 from fedsim.errors import ConfigError
 from fedsim.federation_config import CommunicationConfig, DistillationConfig, FederationConfig, ParticipationConfig
 from fedsim.imputer_config import ImputerConfig
+from fedsim.report_config import ReportConfig
 
 
 class DataConfig(Section):
@@ -187,6 +188,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode="after")
     def _asked_sides_are_trained(self) -> "Config":

@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
     "distillation.server_steps": 2,
     "distillation.server_batch_size": 8,
     "runtime.kind": "in_process",
+    "report.html": False,
 }
 
 COUPLINGS = ("logit_to_client", "logit_to_global", "feature_to_client", "feature_to_global")

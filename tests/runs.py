@@ -20,6 +20,7 @@ SMALL: dict[str, Any] = {
     "distillation.num_soft_queries": 8,
     "distillation.num_candidates": 4,
     "distillation.server_steps": 2,
+    "report.html": False,
 }
 
 
