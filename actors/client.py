@@ -26,7 +26,7 @@ from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import client_device, make_client
 from fedsim.federated.shelf import Shelf
 from fedsim.models.parameters import Params
-from fedsim.process import return_freed_memory, set_aside_imports, settle_process
+from fedsim.process import collect_garbage, return_freed_memory, set_aside_imports, settle_process
 
 
 class _ClientActor:
@@ -40,6 +40,7 @@ class _ClientActor:
 
     def __init__(self, name: str, config: Config, scratch: str | None = None) -> None:
         self.name, self.config = name, config
+        self.round_num = 0
         self.clients: dict[int, Client] = {}
         self.matrices: dict[str, np.ndarray[Any, Any]] = {}
         self.part_size = PartSize()
@@ -186,6 +187,9 @@ class _ClientActor:
     def _train(
         self, clients: Sequence[int], round_num: int, broadcast: Broadcast | None
     ) -> list[tuple[ClientUpdate | None, ClientReport]]:
+        if round_num != self.round_num:
+            self.round_num = round_num
+            collect_garbage()  # of the round before
         held = [self.clients[client] for client in clients]
         with self.shelf.at_work(held):
             return self.part_size.run(

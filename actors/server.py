@@ -14,7 +14,7 @@ from fedsim.federated.aggregation import PartialSums, SumShape
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server, ServerReport
-from fedsim.process import return_freed_memory, set_aside_imports, settle_process
+from fedsim.process import collect_garbage, return_freed_memory, set_aside_imports, settle_process
 
 
 class _ServerActor:
@@ -75,6 +75,7 @@ class _ServerActor:
     def finish_round(self) -> ServerReport:
         """Forward to `Server.finish_round`."""
         report = self.server.finish_round()
+        collect_garbage()
         return_freed_memory()  # the sums of the round
         return report
 

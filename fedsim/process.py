@@ -65,6 +65,15 @@ def set_aside_imports() -> None:
     gc.collect()  # of what is left: makes it count anew what it has seen
 
 
+def collect_garbage() -> None:
+    """Free what lies in cycles; cheap after `set_aside_imports`.
+
+    Left to itself Python looks for cycles every few hundred rounds, and some of them hold on to messages in Ray's object
+    store.
+    """
+    gc.collect()
+
+
 @cache
 def _of_c_library(name: str) -> Any:
     """Return a function of the C library, None where it has none; kept, since each look-up leaves cycles of objects."""
