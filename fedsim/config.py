@@ -17,6 +17,7 @@ from fedsim.errors import ConfigError
 from fedsim.federation_config import CommunicationConfig, DistillationConfig, FederationConfig, ParticipationConfig
 from fedsim.imputer_config import ImputerConfig
 from fedsim.report_config import ReportConfig
+from fedsim.watching_config import WatchingConfig
 
 
 class DataConfig(Section):
@@ -137,6 +138,9 @@ class EvaluationConfig(Section):
     )
     patience: Count | None = Field(None, description="stop after so many validations without a better MRR")
     batch_size: Count = Field(512, description="queries ranked at once")
+    measure_every: Count | None = Field(
+        None, description="rounds between measurements of imputation and consistency; null: at the end alone"
+    )
 
     @property
     def on_aggregated(self) -> bool:
@@ -189,6 +193,7 @@ class Config(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
+    watching: WatchingConfig = WatchingConfig()
 
     @model_validator(mode="after")
     def _asked_sides_are_trained(self) -> "Config":
