@@ -68,8 +68,8 @@ def set_aside_imports() -> None:
 def collect_garbage() -> None:
     """Free what lies in cycles; cheap after `set_aside_imports`.
 
-    Left to itself Python looks for cycles every few hundred rounds, and some of them hold on to messages in Ray's object
-    store.
+    Left to itself Python looks for cycles every few hundred rounds, and some of them hold on to messages in Ray's
+    object store.
     """
     gc.collect()
 
