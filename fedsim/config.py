@@ -298,7 +298,9 @@ def dump_config(config: Config, *, comments: bool = False) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Section):
+        return value.model_dump(mode="json", exclude_none=True)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _copy_tree(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,16 @@ class ParticipationConfig(Section):
         return self
 
 
+class WeightChange(Section):
+    """Weights of eq. 9 and 10 that hold from a round on; null leaves a weight as it was."""
+
+    from_round: Annotated[int, Field(ge=2)] = Field(description="first round with these weights")
+    logit_to_client: Weight | None = Field(None, description="as distillation.logit_to_client")
+    logit_to_global: Weight | None = Field(None, description="as distillation.logit_to_global")
+    feature_to_client: Weight | None = Field(None, description="as distillation.feature_to_client")
+    feature_to_global: Weight | None = Field(None, description="as distillation.feature_to_global")
+
+
 class DistillationConfig(Section):
     """MMFeD3: dual distillation, each term switched off by weight 0 (method.md section 5)."""
 
@@ -83,12 +93,34 @@ class DistillationConfig(Section):
     warmup_rounds: Annotated[int, Field(ge=0)] = Field(
         2, description="rounds before the terms of eq. 9 and L_feat of eq. 10 switch on"
     )
+    schedule: tuple[WeightChange, ...] = Field(
+        (), description="changes of the four weights of eq. 9 and 10, as population based training finds them"
+    )
     num_soft_queries: Annotated[int, Field(ge=0)] = Field(64, description="soft queries a client sends; 0 sends none")
     num_candidates: Annotated[int, Field(ge=2)] = Field(32, description="candidates per soft query")
     server_steps: Annotated[int, Field(ge=0)] = Field(20, description="server distillation steps per round")
     server_learning_rate: Positive = Field(0.001, description="learning rate of the server's steps")
     server_batch_size: Count = Field(256, description="tuples or soft queries per server step")
     proximal: Weight = Field(1.0, description="mu of eq. 13")
+
+    @model_validator(mode="after")
+    def _schedule_in_order(self) -> "DistillationConfig":
+        rounds = [change.from_round for change in self.schedule]
+        if rounds != sorted(set(rounds)):
+            raise ValueError(f"distillation.schedule has from_round {rounds}: each must be later than the one before")
+        return self
+
+    def at(self, round_num: int) -> "DistillationConfig":
+        """Return the section with the weights that hold in a round."""
+        changed: dict[str, float] = {}
+        for change in self.schedule:
+            if change.from_round <= round_num:
+                changed |= change.model_dump(exclude={"from_round"}, exclude_none=True)
+        return self.model_copy(update=changed) if changed else self
+
+    def ever_positive(self, *weights: str) -> bool:
+        """Tell whether one of these weights is above 0 in any round."""
+        return any((getattr(part, name) or 0) > 0 for part in (self, *self.schedule) for name in weights)
 
 
 class CommunicationConfig(Section):

@@ -27,7 +27,7 @@ class FedLU(Strategy):
     @property
     def couples(self) -> bool:
         """Whether any term couples the two views."""
-        return self.config.distillation.logit_to_client > 0 or self.config.distillation.logit_to_global > 0
+        return self.config.distillation.ever_positive("logit_to_client", "logit_to_global")
 
     @property
     def relation_views(self) -> tuple[str, ...] | None:
@@ -39,7 +39,7 @@ class FedLU(Strategy):
 
     def couple(self, round_num: int, step: Step) -> dict[str, Tensor]:
         """Return the logit terms of eq. 9, after the warm-up."""
-        config = self.config.distillation
+        config = self.config.distillation.at(round_num)
         if round_num <= config.warmup_rounds or not (config.logit_to_client > 0 or config.logit_to_global > 0):
             return {}
         own, shared = step.forwards["local"], step.forwards["global"]

@@ -40,12 +40,11 @@ class MMFeD3(FedLU):
     @property
     def couples(self) -> bool:
         """Whether any term couples the two views."""
-        config = self.config.distillation
-        return super().couples or config.feature_to_client > 0 or config.feature_to_global > 0
+        return super().couples or self.config.distillation.ever_positive("feature_to_client", "feature_to_global")
 
     def couple(self, round_num: int, step: Step) -> dict[str, Tensor]:
         """Return the logit terms of eq. 9 and the feature terms of eq. 10, after the warm-up."""
-        config = self.config.distillation
+        config = self.config.distillation.at(round_num)
         losses = super().couple(round_num, step)
         if round_num <= config.warmup_rounds:
             return losses
