@@ -8,7 +8,8 @@ the development dependencies. Ours is a client's whole training step (strategy `
 negatives and Adam included; PyKEEN's is its sLCWA loop with the same loss, batch, negatives, numbers per entity and
 Adam, timed from its first to its last batch. Both run in this process, one after the other in each repetition, with the
 same threads and the same treatment of freed memory: the C library's defaults, as a user of PyKEEN has them (a client
-actor of fedsim has its own, a little faster; `--keep-memory` gives them to both). Speeds are those of the fastest repetition, with the median beside.
+actor of fedsim has its own setting, a little faster; `--keep-memory` gives it to both). Speeds are those of the fastest
+repetition, with the median beside.
 
 A step of `one_vs_all`, and the ranking of a bilinear scorer, are compared with the bare products of the same shapes.
 """
