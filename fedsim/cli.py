@@ -19,6 +19,7 @@ import click
 from fedsim.benchmark_commands import benchmark_command
 from fedsim.cli_options import ConfigCommand, config_options, current_overrides
 from fedsim.config import dump_config, load_config
+from fedsim.dashboard_commands import dashboard
 from fedsim.data_commands import data
 from fedsim.errors import FedSimError
 from fedsim.report.console import ConsoleObserver, make_console, show_candidates, show_result, shown_path
@@ -111,6 +112,7 @@ def _run_on_ray(cells: Sequence[Cell], **options: Any) -> Outcomes:
 
 
 commands.add_command(data)
+commands.add_command(dashboard)
 commands.add_command(benchmark_command(_run_on_ray))
 
 
