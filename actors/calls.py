@@ -12,6 +12,7 @@ from ray import ObjectRef
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fedsim.errors import FedSimError, RunError
+from fedsim.federated.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,15 @@ class _Running:
     queue: int
 
 
-def collect(queues: Sequence[Sequence[Call[T]]], timeout_seconds: float) -> Iterator[tuple[Call[T], T]]:
+def collect(
+    queues: Sequence[Sequence[Call[T]]], timeout_seconds: float, timeline: Timeline | None = None
+) -> Iterator[tuple[Call[T], T]]:
     """Make the calls of several actors and yield their results in order of completion.
 
     Args:
         queues: the calls of each actor; an actor does one after the other.
         timeout_seconds: longest time for one call.
+        timeline: is told who worked when.
 
     Raises:
         RunError: if a call fails, its actor dies, or it takes too long. It says whose it was.
@@ -77,6 +81,8 @@ def collect(queues: Sequence[Sequence[Call[T]]], timeout_seconds: float) -> Iter
         first = min(running.values(), key=lambda item: since[item.queue])
         left = since[first.queue] + timeout_seconds - time.monotonic()
         if left <= 0:
+            if timeline is not None:
+                timeline.ended(first.call.actor, first.call.what, timeout_seconds, failed=True)
             raise RunError(_too_late(first.call, timeout_seconds))
         ready, _ = ray.wait(list(running), timeout=min(left, REMIND_SECONDS), fetch_local=False)
         if not ready:
@@ -84,16 +90,22 @@ def collect(queues: Sequence[Sequence[Call[T]]], timeout_seconds: float) -> Iter
             logger.info("waiting for %s (%s)", names, first.call.what)
         for ref in ready:
             done = running.pop(ref)
-            result = _fetch(ref, done.call)
+            seconds, failed = time.monotonic() - since[done.queue], True
+            try:
+                result = _fetch(ref, done.call)
+                failed = False
+            finally:
+                if timeline is not None:
+                    timeline.ended(done.call.actor, done.call.what, seconds, failed=failed)
             since[done.queue] = time.monotonic()
             busy[done.queue] -= 1
             fill(done.queue)
             yield done.call, result
 
 
-def result_of(call: Call[T], timeout_seconds: float) -> T:
+def result_of(call: Call[T], timeout_seconds: float, timeline: Timeline | None = None) -> T:
     """Make one call and wait for its result; errors as in `collect`."""
-    ((_, result),) = collect([[call]], timeout_seconds)
+    ((_, result),) = collect([[call]], timeout_seconds, timeline)
     return result
 
 

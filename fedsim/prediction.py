@@ -71,10 +71,10 @@ def predict(folder: Path, client: int, entity: str, relation: str, direction: Di
         DataError: if the client does not know the entity or the relation.
     """
     run, config = RunFolder.open(folder)
-    models, round_num = _best_models(run)
+    models, round_num = best_models(run)
     graph = load_dataset(resolve_dataset(config.data.path))
     split = load_federated_split(graph, config)
-    data = _client_data(graph, split, config, client)
+    data = client_data(graph, split, config, client)
     entities = _Names("entity", graph.entity_keys, graph.entity_labels)
     relations = _Names("relation", graph.relation_keys, graph.relation_labels)
     asked_entity = _local_id(entity, entities, data.entity_ids, client)
@@ -95,7 +95,7 @@ def predict(folder: Path, client: int, entity: str, relation: str, direction: Di
     ]
 
 
-def _best_models(run: RunFolder) -> tuple[Path, int]:
+def best_models(run: RunFolder) -> tuple[Path, int]:
     """Find the models of the best round: published ones, or those of an unfinished run's checkpoint."""
     if run.models.is_dir():
         return run.models, int(read_manifest(run.models)["round"])
@@ -110,7 +110,7 @@ def _best_models(run: RunFolder) -> tuple[Path, int]:
     return best, int(best_round)
 
 
-def _client_data(graph: KnowledgeGraph, split: FederatedSplit, config: Config, client: int) -> ClientData:
+def client_data(graph: KnowledgeGraph, split: FederatedSplit, config: Config, client: int) -> ClientData:
     """Build the data of the client that is asked; with central training there is one, with all data."""
     together = make_strategy(config).together
     num_clients = 1 if together else split.num_clients

@@ -1,19 +1,24 @@
 """The folder of a run: resolved config, versions, metrics, checkpoints, final models, result and log."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsim.checkpoint import checkpoint_folder, replace_text, write_failure, write_text
 from fedsim.config import Config, dump_config, load_config
 from fedsim.errors import RunError
+
+if TYPE_CHECKING:  # keeps torch out of a look at a folder
+    from fedsim.federated.timeline import Span
 
 VERSIONED = ("fedsim", "torch", "numpy", "ray", "scipy", "scikit-learn", "pydantic", "safetensors")
 
@@ -28,6 +33,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.metrics_file = self.path / "metrics.jsonl"
+        self.timeline_file = self.path / "timeline.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.models = self.path / "models"
         self.result_file = self.path / "result.json"
@@ -93,19 +99,29 @@ class RunFolder:
         except OSError as err:
             raise RunError(write_failure(self.metrics_file, str(err.strerror), err.errno)) from err
 
+    def append_timeline(
+        self, event: str, round_num: int, spans: "Sequence[Span]" = (), error: str | None = None
+    ) -> None:
+        """Add a row to timeline.jsonl: ``start``, ``work`` or ``stop``; a resumed run goes on in the same file."""
+        row: dict[str, Any] = {"event": event, "time": round(time.time(), 3), "round": round_num}
+        if spans:
+            row["spans"] = [
+                [span.actor, span.what, round(span.started, 3), round(span.seconds, 3), span.failed] for span in spans
+            ]
+        if error is not None:
+            row["error"] = error
+        # No number of the run depends on it: a full disk is told by the files that it needs.
+        with contextlib.suppress(OSError), self.timeline_file.open("a", encoding="utf-8") as file:
+            before = "\n" if event == "start" else ""  # ends a line that a kill cut off
+            file.write(before + json.dumps(row) + "\n")
+
+    def read_timeline(self) -> list[dict[str, Any]]:
+        """Return the rows of timeline.jsonl that are whole; none if the run has no such file."""
+        return _read_rows(self.timeline_file, to_the_end=True) if self.timeline_file.is_file() else []
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
-        rows = []
-        try:
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        except OSError as err:
-            raise RunError(f"{self.metrics_file} cannot be read: {err.strerror}; the run's folder is damaged") from err
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
+        return _read_rows(self.metrics_file)
 
     def rewind_metrics(self, round_num: int) -> None:
         """Keep the rows of rounds up to `round_num`: what came after the checkpoint will be done again."""
@@ -129,6 +145,21 @@ class RunFolder:
         """Delete what an interrupted checkpoint left: actors may write until they end, after the driver cleaned up."""
         for folder in self.checkpoints.glob(".*.tmp"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_rows(path: Path, *, to_the_end: bool = False) -> list[dict[str, Any]]:
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as err:
+        raise RunError(f"{path} cannot be read: {err.strerror}; the run's folder is damaged") from err
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if not to_the_end:
+                break
+    return rows
 
 
 def _exists(name: str) -> str:

@@ -167,15 +167,24 @@ def _run(
         observer.message(
             f"{plan.num_moved} valid and test triples that their client could not learn moved to its train"
         )
-    newest = run_rounds(plan, runtime, folder, progress, observer) or checkpoint
-    assert newest is not None, "there is at least one round"
-    assert progress.best_round is not None, "the last round is validated"
-    best = folder.checkpoint(progress.best_round)
-    if best != newest:  # the runtime holds the newest
-        _verify_best(best)
-        runtime.load(best)
-    result = _finish(runtime, plan.schedule, folder, progress)
-    replace_text(folder.result_file, json.dumps(result_as_json(result), indent=1) + "\n")
+    folder.append_timeline("start", start, runtime.timeline.take())
+    error: str | None = "interrupted"
+    try:
+        newest = run_rounds(plan, runtime, folder, progress, observer) or checkpoint
+        assert newest is not None, "there is at least one round"
+        assert progress.best_round is not None, "the last round is validated"
+        best = folder.checkpoint(progress.best_round)
+        if best != newest:  # the runtime holds the newest
+            _verify_best(best)
+            runtime.load(best)
+        result = _finish(runtime, plan.schedule, folder, progress)
+        replace_text(folder.result_file, json.dumps(result_as_json(result), indent=1) + "\n")
+        error = None
+    except Exception as err:
+        error = str(err) or type(err).__name__
+        raise
+    finally:
+        folder.append_timeline("stop", progress.round_num, runtime.timeline.take(), error)
     return result
 
 
@@ -215,6 +224,7 @@ def run_rounds(plan: Plan, runtime: Runtime, folder: RunFolder, progress: Progre
         valid_mrr = weighted_mean([item.metrics for item in evaluations]).mrr if evaluations else None
         losses = [report.losses["total"] for report in result.reports]
         loss = float(np.mean(losses)) if losses else None
+        folder.append_timeline("work", round_num, runtime.timeline.take())
         up, down = round_bytes(result)
         observer.round_finished(RoundSummary(round_num, loss, valid_mrr, progress.best_mrr, seconds, up, down))
     return checkpoint

@@ -24,10 +24,13 @@ from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.server import Server, ServerReport
 from fedsim.federated.shelf import Shelf
+from fedsim.federated.timeline import Timeline
 from fedsim.models.client_model import ClientModel, pick
 from fedsim.process import settle_process
 
 logger = logging.getLogger(__name__)
+
+HERE = "this process"  # who works, in the timeline of a run without actors
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Runtime(Protocol):
     """Runs clients and server; the round loop in `fedsim.simulation` sees nothing else."""
 
     placement: list[str]
+    timeline: Timeline
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
         """Broadcast, train the cohort, aggregate and distil."""
@@ -162,6 +166,7 @@ class InProcessRuntime:
         device = client_device(config)
         self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}
         self.part_size = PartSize()
+        self.timeline = Timeline()
         self.shelf = Shelf(config.runtime.scratch)
         self.batches = plan_batches(config, client_sizes(experiment))
         self.placement = [
@@ -188,7 +193,8 @@ class InProcessRuntime:
         elapsed = time.perf_counter() - started
         if self.server is None:
             return RoundResult(reports, None, {"train": elapsed})
-        server = self.server.finish_round()
+        with self.timeline.span(HERE, f"distilling in round {round_num}"):
+            server = self.server.finish_round()
         return RoundResult(reports, server, phase_seconds(elapsed, server))
 
     def deliver(self, round_num: int) -> None:
@@ -205,7 +211,8 @@ class InProcessRuntime:
         parts: dict[int, list[ClientEvaluation]] = {}
         for members in self.batches:
             clients = [self.clients[number] for number in members]
-            with self.shelf.at_work(clients, changes=choose):
+            what = f"evaluation on {split} in round {round_num}"
+            with self.timeline.span(HERE, what), self.shelf.at_work(clients, changes=choose):
                 done = self.part_size.run(
                     clients,
                     f"evaluation in round {round_num}",
@@ -217,7 +224,8 @@ class InProcessRuntime:
     def measure(self, round_num: int) -> Measurements:
         """Measure imputation and semantic consistency."""
         shared = shared_entities({number: client.entity_ids for number, client in self.clients.items()})
-        imputation, sums = measure_clients(self.shelf, list(self.clients.values()), shared, round_num)
+        with self.timeline.span(HERE, f"measurement in round {round_num}"):
+            imputation, sums = measure_clients(self.shelf, list(self.clients.values()), shared, round_num)
         return Measurements(dict(zip(self.clients, imputation, strict=True)), semantic_consistency(sums))
 
     def save(self, folder: Path) -> None:
@@ -245,10 +253,11 @@ class InProcessRuntime:
     ) -> list[tuple[ClientUpdate | None, ClientReport]]:
         known = self.part_size.most
         clients = [self.clients[number] for number in members]
-        with self.shelf.at_work(clients):
+        what = f"training in round {round_num}"
+        with self.timeline.span(HERE, what), self.shelf.at_work(clients):
             results = self.part_size.run(
                 clients,
-                f"training in round {round_num}",
+                what,
                 lambda part: train_clients(part, round_num, broadcast),
             )
         if self.part_size.most != known:

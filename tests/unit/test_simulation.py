@@ -93,6 +93,7 @@ def test_every_strategy_runs_to_its_end(strategy: str, data: Path) -> None:
         "config.yaml",
         "versions.json",
         "metrics.jsonl",
+        "timeline.jsonl",
         "checkpoints",
         "models",
         "result.json",
