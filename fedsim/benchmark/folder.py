@@ -32,7 +32,7 @@ def manifest_of(plan: Plan, kind: str) -> dict[str, Any]:
     }
     methods = {method.name: {**method.settings, **method.sampled} for method in plan.methods}
     tuned = {
-        f"{recipe.name} {method.name}": plan.tuned.settings(recipe, method.name)
+        f"{recipe.name} {method.name}": plan.tuned.settings(recipe, method.variant_of or method.name)
         for recipe in plan.recipes
         for method in plan.methods
     }

@@ -1,7 +1,8 @@
 """The methods of the benchmark: points in the grid (imputer, fusion, scorer, loss) x strategy.
 
 Three groups vary one thing each and hold the rest: (a) the fusion, (b) the imputer, (c) the federated optimisation.
-They meet in `mmfede-zero` (FedE, gate, zeros), which is a member of all three. Groups (a) and (c) impute with zeros: a
+They meet in `mmfede-zero` (FedE, gate, zeros), which is a member of all three. Two more take MMFeD3-HidE apart, see
+`fedsim.benchmark.ablations`, and run only when they are asked for. Groups (a) and (c) impute with zeros: a
 standardised token has mean zero, so a zero is the same neutral stand-in for every fusion and strategy, and no imputer's
 own quality, training or noise enters what is compared; what an imputer adds is group (b)'s question. Scorer (ComplEx)
 and loss (one-vs-all) are the config's defaults for every method.
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedsim.benchmark.ablations import IMPUTERS, Variant, distillation_variants, step_variants
 from fedsim.errors import ConfigError
 
 GROUPS = {
@@ -21,6 +23,8 @@ GROUPS = {
     "b": "imputers inside MMFedE",
     "c": "federated optimisation on MMFedE",
     "references": "without federation, without modalities, without anything hidden",
+    "ablation": "MMFeD3 without parts: imputer x level x direction of distillation",
+    "steps": "MMFeD3-HidE with other numbers of diffusion and sampling steps",
 }
 
 
@@ -37,6 +41,7 @@ class Method:
         sampled: settings that only a loss with sampled negatives reads.
         fixed_rate: the settings say what is hidden, so one run serves all missing rates.
         ranked: whether it may be the best; a ceiling that sees what others do not may not.
+        variant_of: the method whose tuned values it runs with; empty if it has its own.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Method:
     sampled: Mapping[str, Any] = field(default_factory=dict)
     fixed_rate: bool = False
     ranked: bool = True
+    variant_of: str = ""
 
 
 def _settings(strategy: str, imputer: str, fusion: str) -> dict[str, Any]:
@@ -68,6 +74,11 @@ def _strategy(name: str, title: str, source: str) -> Method:
 def _reference(name: str, strategy: str, fusion: str, title: str, source: str, *, ranked: bool = True) -> Method:
     settings = _settings(strategy, "zero", fusion) | {"data.missing_rate": 0.0, "data.missing_pattern": "random"}
     return Method(name, ("references",), settings, title, source, fixed_rate=True, ranked=ranked)
+
+
+def _variant(group: str, variant: Variant) -> Method:
+    settings = _settings("mmfed3", IMPUTERS[variant.base.removeprefix("mmfed3-")], "gate") | variant.settings
+    return Method(variant.name, (group,), settings, variant.title, "-", variant_of=variant.base)
 
 
 _ALL = (
@@ -106,7 +117,13 @@ _ALL = (
     _strategy("fedlu", "mutual logit distillation", "Zhu et al., WWW 2023"),
     _strategy("fedr", "relation embeddings are shared, entities stay", "Zhang et al., Findings of EMNLP 2022"),
     _strategy("pfedeg", "a mixture of clients for each client", "in the style of PFedEG"),
-    _strategy("mmfed3", "dual distillation, zeros", "arXiv:2506.22036"),
+    Method(
+        "mmfed3-zero",
+        ("c", "ablation"),
+        _settings("mmfed3", "zero", "gate"),
+        "dual distillation, zeros",
+        "arXiv:2506.22036",
+    ),
     Method(
         "mmfed3-hide",
         tuple(GROUPS),
@@ -114,18 +131,20 @@ _ALL = (
         "MMFeD3-HidE, the default config",
         "arXiv:2506.22036",
     ),
+    *(_variant("ablation", variant) for variant in distillation_variants()),
+    *(_variant("steps", variant) for variant in step_variants()),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def select_methods(groups: Sequence[str], names: Sequence[str]) -> list[Method]:
-    """Return the members of groups and the methods named, in the order of the table; all if nothing is asked.
+    """Return the members of groups and the methods named, in the order of the table; all but variants if none is.
 
     Raises:
         ConfigError: if a group or a method is unknown.
     """
     if not groups and not names:
-        return list(METHODS.values())
+        return [method for method in _ALL if not method.variant_of]
     for group in groups:
         check_name("group", group, GROUPS)
     for name in names:

@@ -118,13 +118,13 @@ class Plan:
                     for method in self.methods:
                         folder = self.folder(recipe, missing, method, seed)
                         if folder not in found:
-                            settings = self.tuned.settings(recipe, method.name) or {}
+                            settings = self.tuned.settings(recipe, method.variant_of or method.name) or {}
                             found[folder] = self._cell(recipe, missing, method, folder, settings, {"seed": seed})
         return list(found.values())
 
     def is_tuned(self, recipe: Recipe, method: Method) -> bool:
         """Tell whether a method runs with the values that were chosen for it: tuned, and no option changes them."""
-        chosen = self.tuned.settings(recipe, method.name)
+        chosen = self.tuned.settings(recipe, method.variant_of or method.name)
         return chosen is not None and not chosen.keys() & self.changes.keys()
 
     def trials(self) -> list[Cell]:

@@ -42,11 +42,32 @@ def test_our_method_is_in_every_group_and_is_the_default_config() -> None:
     assert make_config(overrides=dict(METHODS["mmfed3-hide"].settings)) == make_config()
 
 
+def test_variants_take_parts_away_and_run_with_the_values_of_the_whole() -> None:
+    ablations = select_methods(["ablation"], [])
+    assert len(ablations) == 2 * (1 + 3 * 2)  # imputers x (none, or a level x a direction)
+    weights = ("logit_to_client", "logit_to_global", "feature_to_client", "feature_to_global", "prototype")
+    for method in ablations:
+        config = make_config(overrides=dict(method.settings)).distillation
+        on = {name for name in weights if getattr(config, name) > 0}
+        words = method.name.split("-")
+        expected = set(weights) if {"none", "logits", "features"}.isdisjoint(words) else set()
+        expected |= {name for name in weights if name.startswith("logit") and "logits" in words}
+        expected |= {name for name in weights if not name.startswith("logit") and "features" in words}
+        expected -= {name for name in weights if name.endswith("_to_global") and "oneway" in words}
+        assert on == expected, method.name
+        assert (config.num_soft_queries > 0) == ("logit_to_global" in expected)
+        assert config.send_prototypes == ("prototype" in expected)
+    tuned = read_tuned(BUNDLED)
+    (recipe,) = select_recipes(["cn_visual"])
+    for method in [*ablations, *select_methods(["steps"], [])]:
+        assert tuned.settings(recipe, method.variant_of or method.name) is not None
+
+
 def test_groups_and_names_add_up_in_the_order_of_the_table() -> None:
     assert [m.name for m in select_methods(["references"], ["mmfede-ridge"])] == [
         *("local", "fede", "central", "mmfede-ridge", "mmfed3-hide"),
     ]
-    assert select_methods([], []) == list(METHODS.values())
+    assert select_methods([], []) == [method for method in METHODS.values() if not method.variant_of]
 
 
 @pytest.mark.parametrize(
