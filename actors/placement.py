@@ -100,6 +100,15 @@ def plan_placement(
     return _plan("pooled", deal(work, wanted), config, f"{why}; {reserved}", with_server)
 
 
+def plan_reserved(
+    config: RuntimeConfig, work: Mapping[Batch, float], num_actors: int, *, with_server: bool
+) -> PlacementPlan:
+    """Deal clients to the actors that a placement group was reserved for; arguments as in `plan_placement`."""
+    kind: Literal["dedicated", "pooled"] = "dedicated" if config.placement == "dedicated" else "pooled"
+    groups = deal(work, min(num_actors, len(work)))
+    return _plan(kind, groups, config, "in the placement group reserved for it", with_server)
+
+
 def deal(work: Mapping[Batch, float], num_actors: int) -> tuple[tuple[Batch, ...], ...]:
     """Deal batches to actors, the longest first and each to the actor with the least work, in that order."""
     groups: list[list[Batch]] = [[] for _ in range(num_actors)]

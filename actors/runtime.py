@@ -4,7 +4,6 @@ The driver moves references: updates and broadcasts go from actor to actor throu
 reports, metrics and what the evaluation instruments sampled.
 """
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from actors.calls import Call, collect, name_clients, result_of
 from actors.client import ClientActor, _ClientActor
-from actors.cluster import connect, settled_resources, with_measured_memory
-from actors.placement import Batch, plan_placement, rebalance
+from actors.cluster import connect
+from actors.placement import Batch, rebalance
+from actors.reservation import free_name, take_share
 from actors.server import ServerActor, _ServerActor
 from fedsim.config import Config
 from fedsim.data.clients import ClientData, shared_matrices, without_matrices
@@ -54,8 +54,6 @@ PARTS = (
     "on, which changes the last digits; lower runtime.clients_per_batch or raise runtime.gpus_per_client to avoid it"
 )
 BALANCE_ROUNDS = 5  # between two looks at how evenly the actors are busy
-
-_run_numbers = itertools.count(1)  # a name is free again only some time after its actor ended
 
 
 @dataclass
@@ -124,7 +122,6 @@ class RayRuntime:
         pin_threads(self.config.runtime.torch_threads)  # the instruments' sums run here
         strategy = make_strategy(self.config)
         federated = strategy.federated
-        nodes, free = settled_resources()
         sizes = client_sizes(experiment)
         work = {
             batch: sum(predicted_work(self.config, sizes[client]) for client in batch)
@@ -134,29 +131,29 @@ class RayRuntime:
         scratch = None if folder is None else str(Path(folder).absolute())  # an actor may have another working folder
         in_memory = sizes.values() if scratch is None else []
         kept = sum(state_bytes(self.config, size, len(strategy.views)) for size in in_memory)
-        plan = plan_placement(
-            self.config.runtime, work, with_measured_memory(nodes), free, with_server=federated, state_bytes=kept
-        )
+        share = take_share(self.config.runtime, work, with_server=federated, state_bytes=kept)
+        plan = share.plan
         run = self._run_name(experiment.graph_name)
         # An actor that dies has lost what its clients kept: it is not restarted, the run stops and says so.
         fixed = {"num_cpus": plan.num_cpus, "max_restarts": 0, "max_task_retries": 0}
         if federated:
             self.server_name = f"{run}/server"
-            self.server = ServerActor.options(name=self.server_name, **fixed).remote(
-                self.server_name, self.config, num_shared(experiment), experiment.feature_dims
-            )
+            self.server = ServerActor.options(
+                name=self.server_name, scheduling_strategy=share.of_server(), **fixed
+            ).remote(self.server_name, self.config, num_shared(experiment), experiment.feature_dims)
         for number, group in enumerate(plan.groups):
             name = f"{run}/client-{group[0][0]:05d}" if plan.kind == "dedicated" else f"{run}/pool-{number}"
-            options = {"name": name, "num_gpus": plan.num_gpus, "scheduling_strategy": "SPREAD", **fixed}
+            where = share.of_client_actor(number)
+            options = {"name": name, "num_gpus": plan.num_gpus, "scheduling_strategy": where, **fixed}
             actor = ClientActor.options(**options).remote(name, self.config, scratch)
             self.pool.append(_Held(actor, name, group))
         self._await_actors()
         num_nodes = len({held.node_id for held in self.pool})
         self.sums_at_nodes = federated and (plan.kind == "pooled" or num_nodes > 1)
-        where = "on this machine" if self.config.runtime.address is None else f"on {num_nodes} node(s)"
+        machines = "on this machine" if self.config.runtime.address is None else f"on {num_nodes} node(s)"
         threads = f"{self.config.runtime.torch_threads} torch thread(s) each"
         largest = max(held.private_bytes for held in self.pool) / 1e6
-        self.placement = [*plan.lines, f"actors {run}/... {where}, {threads}, {largest:.0f} MB before their clients"]
+        self.placement = [*plan.lines, f"actors {run}/... {machines}, {threads}, {largest:.0f} MB before their clients"]
         self._hand_out(experiment)
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
@@ -211,8 +208,7 @@ class RayRuntime:
     def _run_name(self, graph_name: str) -> str:
         config = self.config
         base = Path(config.output).name if config.output else f"{graph_name}-{config.federation.strategy}"
-        number = next(_run_numbers)
-        return f"fedsim/{base}" if number == 1 else f"fedsim/{base}-{number}"
+        return free_name(f"fedsim/{base}")
 
     def _train_and_send(
         self, round_num: int, cohort: Sequence[int], broadcast: "ObjectRef[Broadcast] | None"
