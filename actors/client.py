@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actors.cluster import private_memory
+from actors.metrics import watch_actor
 from actors.tensors import share_tensors
 from fedsim.checkpoint import load_clients, save_clients
 from fedsim.config import Config
@@ -51,6 +52,7 @@ class _ClientActor:
         share_tensors()
         settle_process(config.runtime.torch_threads)
         set_aside_imports()
+        self.watch = watch_actor(name, lambda: len(self.clients))
         # Private data is read from Ray's shared memory, and never written.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
@@ -129,7 +131,7 @@ class _ClientActor:
     ) -> list[list[ClientEvaluation]]:
         """Forward to `evaluate_clients`."""
         held = [self.clients[client] for client in clients]
-        with self.shelf.at_work(held, changes=choose):
+        with self.watch.timed("evaluate"), self.shelf.at_work(held, changes=choose):
             return self.part_size.run(
                 held,
                 f"evaluation in round {round_num}",
@@ -140,7 +142,8 @@ class _ClientActor:
     def measure(self, clients: Sequence[int], shared: Tensor, round_num: int) -> list[dict[str, float]]:
         """Forward to `measure_clients`; the sums of tokens stay here, see `sum_tokens`."""
         held = [self.clients[client] for client in clients]
-        metrics, sums = measure_clients(self.shelf, held, shared, round_num)
+        with self.watch.timed("measure"):
+            metrics, sums = measure_clients(self.shelf, held, shared, round_num)
         self.consistency = sums if self.consistency is None else merge_sums([self.consistency, sums])
         return_freed_memory()
         return metrics
@@ -191,7 +194,7 @@ class _ClientActor:
             self.round_num = round_num
             collect_garbage()  # of the round before
         held = [self.clients[client] for client in clients]
-        with self.shelf.at_work(held):
+        with self.watch.timed("train"), self.shelf.at_work(held):
             return self.part_size.run(
                 held,
                 f"training in round {round_num}",

@@ -6,8 +6,7 @@ reports, metrics and what the evaluation instruments sampled.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -19,9 +18,11 @@ from ray.actor import ActorHandle, ActorProxy
 from torch import Tensor
 
 from actors.calls import Call, collect, name_clients, result_of
-from actors.client import ClientActor, _ClientActor
+from actors.client import ClientActor
 from actors.cluster import connect
+from actors.metrics import RunMetrics, WatchedTimeline
 from actors.placement import Batch, rebalance
+from actors.pool import Held
 from actors.reservation import free_name, take_share
 from actors.server import ServerActor, _ServerActor
 from fedsim.config import Config
@@ -42,6 +43,7 @@ from fedsim.federated.runtime import (
     phase_seconds,
     sampled,
 )
+from fedsim.federated.timeline import Timeline
 from fedsim.models.parameters import Params
 from fedsim.process import pin_threads
 
@@ -54,24 +56,6 @@ PARTS = (
     "on, which changes the last digits; lower runtime.clients_per_batch or raise runtime.gpus_per_client to avoid it"
 )
 BALANCE_ROUNDS = 5  # between two looks at how evenly the actors are busy
-
-
-@dataclass
-class _Held:
-    """One client actor: its handle, its name, its batches of clients, and where it is once it has started."""
-
-    actor: ActorProxy[_ClientActor]
-    name: str
-    batches: tuple[Batch, ...]
-    node: str = "not known yet"
-    node_id: str = ""
-    pid: int = 0
-    private_bytes: float = 0.0
-
-    @property
-    def clients(self) -> list[int]:
-        """All clients that the actor holds."""
-        return [client for batch in self.batches for client in batch]
 
 
 def ray_runtime(experiment: Experiment) -> Runtime:
@@ -106,7 +90,9 @@ class RayRuntime:
         self.shut_down = shut_down
         self.timeout = self.config.runtime.timeout_seconds
         self.placement: list[str] = []
-        self.pool: list[_Held] = []
+        self.timeline: Timeline = WatchedTimeline(self._tell_failed)
+        self.metrics: RunMetrics | None = None
+        self.pool: list[Held] = []
         self.server: ActorProxy[_ServerActor] | None = None
         self.server_name, self.server_node, self.server_pid = "", "not known yet", 0
         self.clients: list[int] = []
@@ -134,6 +120,8 @@ class RayRuntime:
         share = take_share(self.config.runtime, work, with_server=federated, state_bytes=kept)
         plan = share.plan
         run = self._run_name(experiment.graph_name)
+        per_client = len(sizes) < self.config.watching.per_client_below
+        self.metrics = RunMetrics(run, self.config.federation.num_rounds, per_client=per_client)
         # An actor that dies has lost what its clients kept: it is not restarted, the run stops and says so.
         fixed = {"num_cpus": plan.num_cpus, "max_restarts": 0, "max_task_retries": 0}
         if federated:
@@ -146,7 +134,7 @@ class RayRuntime:
             where = share.of_client_actor(number)
             options = {"name": name, "num_gpus": plan.num_gpus, "scheduling_strategy": where, **fixed}
             actor = ClientActor.options(**options).remote(name, self.config, scratch)
-            self.pool.append(_Held(actor, name, group))
+            self.pool.append(Held(actor, name, group))
         self._await_actors()
         num_nodes = len({held.node_id for held in self.pool})
         self.sums_at_nodes = federated and (plan.kind == "pooled" or num_nodes > 1)
@@ -189,9 +177,17 @@ class RayRuntime:
         sums = [part for _, part in self._each_actor(what, lambda held: held.actor.sum_tokens.remote())]
         return Measurements({client: found[client] for client in self.clients}, semantic_consistency(merge_sums(sums)))
 
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tell Ray's metrics of a finished round."""
+        if self.metrics is not None:
+            self.metrics.record(rows)
+
     def save(self, folder: Path) -> None:
         """Let each actor write its own files; on several nodes the folder must be on storage that they share."""
+        started = time.perf_counter()
         self._move_state(folder.absolute(), "save")
+        if self.metrics is not None:
+            self.metrics.phase("checkpoint", time.perf_counter() - started)
 
     def load(self, folder: Path) -> None:
         """Let each actor read its own files."""
@@ -202,6 +198,8 @@ class RayRuntime:
         for actor in [held.actor for held in self.pool] + ([self.server] if self.server is not None else []):
             ray.kill(cast("ActorHandle[Any]", actor))
         self.pool, self.server = [], None
+        if self.metrics is not None:
+            self.metrics.close()
         if self.shut_down:
             ray.shutdown()
 
@@ -217,7 +215,7 @@ class RayRuntime:
         adding = f"adding updates in round {round_num}"
         updates: dict[int, ObjectRef[list[ClientUpdate]]] = {}
 
-        def submit(held: _Held, batch: Batch) -> "ObjectRef[tuple[list[ClientReport], int]]":
+        def submit(held: Held, batch: Batch) -> "ObjectRef[tuple[list[ClientReport], int]]":
             # num_returns=2: two references
             pair: Any = held.actor.train.remote(batch, round_num, cast(Any, broadcast))
             updates[batch[0]], reports = pair
@@ -256,14 +254,14 @@ class RayRuntime:
             self._say_parts(call, at_once)
         partials: dict[str, ObjectRef[PartialSums]] = {}
 
-        def submit(held: _Held, others: Sequence[_Held]) -> "ObjectRef[int]":
+        def submit(held: Held, others: Sequence[Held]) -> "ObjectRef[int]":
             refs = [partials.pop(other.name) for other in others]
             pair: Any = held.actor.sum_up.remote(round_num, *cast(Any, refs))
             partials[held.name], number = pair
             return cast("ObjectRef[int]", number)
 
         chosen = set(cohort)
-        nodes: dict[str, list[_Held]] = {}
+        nodes: dict[str, list[Held]] = {}
         for held in self.pool:
             if not chosen.isdisjoint(held.clients):
                 nodes.setdefault(held.node_id, []).append(held)
@@ -296,12 +294,12 @@ class RayRuntime:
                 seconds[move.batch],
             )
 
-    def _move(self, batch: Batch, source: _Held, target: _Held) -> None:
+    def _move(self, batch: Batch, source: Held, target: Held) -> None:
         """Let another actor hold a batch; its data and state go there from actor to actor."""
         what = f"moving to actor {target.name}"
         moved: list[ObjectRef[list[tuple[ClientData, Params]]]] = []
 
-        def release(held: _Held) -> "ObjectRef[int]":
+        def release(held: Held) -> "ObjectRef[int]":
             pair: Any = held.actor.release.remote(batch)
             clients, number = pair
             moved.append(clients)
@@ -336,7 +334,7 @@ class RayRuntime:
         owned = {client: torch.from_numpy(data.entity_ids) for client, data in data_of.items()}
         self.shared = ray.put(shared_entities(owned))
 
-        def give(held: _Held) -> "ObjectRef[None]":
+        def give(held: Held) -> "ObjectRef[None]":
             data = ray.put([data_of[client] for client in held.clients])
             given: ObjectRef[None] = held.actor.add_clients.remote(data, list(shared), *cast(Any, matrices))
             return given
@@ -359,7 +357,7 @@ class RayRuntime:
         return self._await_server(server.begin_round.remote(round_num), f"opening round {round_num}")[0]
 
     def _each_batch(
-        self, what: str, submit: "Callable[[_Held, Batch], ObjectRef[T]]", cohort: Sequence[int] | None = None
+        self, what: str, submit: "Callable[[Held, Batch], ObjectRef[T]]", cohort: Sequence[int] | None = None
     ) -> Iterator[tuple[Call[T], T]]:
         """Make a call for every batch (its members in the cohort), results in order of completion."""
         queues = [
@@ -369,21 +367,27 @@ class RayRuntime:
             ]
             for held in self.pool
         ]
-        return collect(queues, self.timeout)
+        results = collect(queues, self.timeout, self.timeline)
+        return results if self.metrics is None else self.metrics.queues(queues, results)
 
     def _each_actor(
-        self, what: str, submit: "Callable[[_Held], ObjectRef[T]]", pool: Sequence[_Held] | None = None
+        self, what: str, submit: "Callable[[Held], ObjectRef[T]]", pool: Sequence[Held] | None = None
     ) -> Iterator[tuple[Call[T], T]]:
         """Make a call to every client actor (of those given), results in order of completion."""
         calls = [
             Call(name_clients(held.clients), held.name, held.node, what, partial(submit, held))
             for held in (self.pool if pool is None else pool)
         ]
-        return collect([[call] for call in calls], self.timeout)
+        return collect([[call] for call in calls], self.timeout, self.timeline)
 
     def _await_server(self, ref: "ObjectRef[T]", what: str) -> T:
         call = Call("the server", self.server_name, self.server_node, what, lambda: ref)
-        return result_of(call, self.timeout)
+        return result_of(call, self.timeout, self.timeline)
+
+    def _tell_failed(self, actor: str) -> None:
+        """Tell Ray's metrics how many clients the actor of a failed call holds."""
+        if self.metrics is not None:
+            self.metrics.failed(sum(len(held.clients) for held in self.pool if held.name == actor))
 
     def _move_state(self, folder: Path, verb: Literal["save", "load"]) -> None:
         """Save or load the state of server and clients."""

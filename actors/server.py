@@ -7,6 +7,7 @@ from pathlib import Path
 import ray
 from ray import ObjectRef
 
+from actors.metrics import watch_actor
 from actors.tensors import share_tensors
 from fedsim.checkpoint import load_tensors, save_tensors, server_file
 from fedsim.config import Config
@@ -33,6 +34,7 @@ class _ServerActor:
         share_tensors()
         settle_process(config.runtime.torch_threads)
         set_aside_imports()
+        self.watch = watch_actor(name)
         self.server = Server(config, make_strategy(config), num_rows, feature_dims)
 
     def __repr__(self) -> str:
@@ -63,18 +65,21 @@ class _ServerActor:
     @ray.method
     def receive(self, updates: list[ClientUpdate]) -> None:
         """Forward to `Server.receive`."""
-        for update in updates:
-            self.server.receive(update)
+        with self.watch.timed("aggregate"):
+            for update in updates:
+                self.server.receive(update)
 
     @ray.method
     def merge(self, partial: PartialSums) -> None:
         """Forward to `Server.merge`."""
-        self.server.merge(partial)
+        with self.watch.timed("aggregate"):
+            self.server.merge(partial)
 
     @ray.method
     def finish_round(self) -> ServerReport:
         """Forward to `Server.finish_round`."""
-        report = self.server.finish_round()
+        with self.watch.timed("distil"):
+            report = self.server.finish_round()
         collect_garbage()
         return_freed_memory()  # the sums of the round
         return report

@@ -1,15 +1,18 @@
 """What a run tells and ends with: progress for an observer, rows of metrics, and the result."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from fedsim.config import Config
 from fedsim.evaluation.ranking import RankingMetrics, weighted_mean
 from fedsim.federated.participation import RoundPlan
 from fedsim.federated.reports import ClientEvaluation
-from fedsim.federated.runtime import RoundResult
+from fedsim.federated.runtime import Measurements, RoundResult
 
 NEAR_BEST = 0.95  # share of the best validation MRR at which a run counts as converged
 
@@ -130,6 +133,7 @@ def metric_rows(
     evaluations: Sequence[ClientEvaluation],
     seconds: Mapping[str, float],
     plan: RoundPlan | None = None,
+    measured: Measurements | None = None,
 ) -> list[dict[str, Any]]:
     """Make the rows of metrics.jsonl: one per client, and one for the round (client null)."""
     evaluated = {item.client: item for item in evaluations}
@@ -147,8 +151,13 @@ def metric_rows(
     up, down = round_bytes(result)
     total: dict[str, Any] = {"round": round_num, "client": None, "bytes_up": up, "bytes_down": down}
     total |= {"phase_seconds": dict(seconds), "server_losses": result.server.losses if result.server else {}}
+    losses = [report.losses["total"] for report in result.reports]
+    total |= {"loss": float(np.mean(losses)) if losses else None, "num_trained": len(losses)}
+    total["unix_seconds"] = time.time()
     if evaluations:
         total["valid"] = metrics_as_json(weighted_mean([item.metrics for item in evaluations]))
+    if measured is not None:
+        total |= {"imputation": imputation_table(measured), "consistency": measured.consistency}
     if plan is not None:
         total["participation"] = {
             "virtual_seconds": plan.virtual_seconds,
@@ -160,6 +169,16 @@ def metric_rows(
             "dropped": plan.dropped,
         }
     return [*rows, total]
+
+
+def imputation_table(measured: Measurements) -> dict[str, dict[str, float]]:
+    """Average over clients: ``<modality>/<imputer>`` -> metric -> value."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for metrics in measured.imputation.values():
+        for name, value in metrics.items():
+            row, metric = name.rsplit("/", 1)
+            values.setdefault(row, {}).setdefault(metric, []).append(value)
+    return {row: {name: float(np.mean(v)) for name, v in metrics.items()} for row, metrics in values.items()}
 
 
 def participation_totals(plans: Sequence[RoundPlan]) -> ParticipationTotals:

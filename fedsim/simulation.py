@@ -6,12 +6,11 @@ checkpoint with the same numbers, `evaluate` ranks the test triples with the bes
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from fedsim.checkpoint import newest_checkpoint, prune_checkpoints, read_manifest, replace_text, write_checkpoint
 from fedsim.config import Config
@@ -37,6 +36,7 @@ from fedsim.results import (
     RunInfo,
     RunResult,
     SilentObserver,
+    imputation_table,
     metric_rows,
     participation_totals,
     result_as_json,
@@ -74,6 +74,10 @@ class Plan:
     schedule: Schedule | None
     client_sizes: list[tuple[int, int, int, int, int, int]]
     num_moved: int
+
+
+Record = Callable[[Sequence[Mapping[str, Any]]], None]
+"""Keeps the rows of a finished round, as `metric_rows` makes them."""
 
 
 def in_process_runtime(experiment: Experiment) -> Runtime:
@@ -170,7 +174,8 @@ def _run(
     folder.append_timeline("start", start, runtime.timeline.take())
     error: str | None = "interrupted"
     try:
-        newest = run_rounds(plan, runtime, folder, progress, observer) or checkpoint
+        with _recorder(plan, runtime, folder) as record:
+            newest = run_rounds(plan, runtime, folder, progress, observer, record) or checkpoint
         assert newest is not None, "there is at least one round"
         assert progress.best_round is not None, "the last round is validated"
         best = folder.checkpoint(progress.best_round)
@@ -188,11 +193,34 @@ def _run(
     return result
 
 
-def run_rounds(plan: Plan, runtime: Runtime, folder: RunFolder, progress: Progress, observer: Observer) -> Path | None:
+@contextmanager
+def _recorder(plan: Plan, runtime: Runtime, folder: RunFolder) -> Iterator[Record]:
+    """Record rounds in metrics.jsonl, where the runtime's processes are watched, and for TensorBoard."""
+    watching = plan.config.watching
+    with ExitStack() as files:
+        events = None
+        if watching.tensorboard:
+            from fedsim.report.tensorboard import EventFile  # its protocol buffers take time to import
+
+            per_client = len(plan.client_sizes) < watching.per_client_below
+            events = files.enter_context(EventFile(folder.path, folder.read_metrics(), per_client=per_client))
+
+        def record(rows: Sequence[Mapping[str, Any]]) -> None:
+            folder.append_metrics(rows)
+            runtime.record(rows)
+            if events is not None:
+                events.add(rows)
+
+        yield record
+
+
+def run_rounds(
+    plan: Plan, runtime: Runtime, folder: RunFolder, progress: Progress, observer: Observer, record: Record
+) -> Path | None:
     """Run the federation's rounds; returns the newest checkpoint, or None if no round was left.
 
     1. sample the cohort (none if the round is skipped), 2. broadcast, train, aggregate and distil, 3. validate (with
-    what was trained or aggregated), 4. record, 5. checkpoint.
+    what was trained or aggregated) and measure if it is due, 4. record, 5. checkpoint.
     """
     config = plan.config
     clients = [size[0] for size in plan.client_sizes]
@@ -214,20 +242,33 @@ def run_rounds(plan: Plan, runtime: Runtime, folder: RunFolder, progress: Progre
             runtime.deliver(round_num + 1)  # what opens the next round; a checkpoint keeps what was ranked
         evaluations = runtime.evaluate("valid", round_num, choose=True) if due else []
         seconds = result.seconds | {"evaluate": time.perf_counter() - started}
+        measured = _measure_if_due(config, runtime, round_num, seconds)
         is_best = _advance(progress, round_num, result, evaluations, seconds)
-        folder.append_metrics(metric_rows(round_num, result, evaluations, seconds, taking_part))
+        rows = metric_rows(round_num, result, evaluations, seconds, taking_part, measured)
+        record(rows)
         started = time.perf_counter()
         if is_best or is_last or round_num % config.checkpoint.every == 0 or _out_of_patience(config, progress):
             checkpoint = write_checkpoint(folder.checkpoints, round_num, asdict(progress), runtime.save)
             prune_checkpoints(folder.checkpoints, config.checkpoint.keep, progress.best_round)
         progress.seconds["checkpoint"] = progress.seconds.get("checkpoint", 0.0) + time.perf_counter() - started
         valid_mrr = weighted_mean([item.metrics for item in evaluations]).mrr if evaluations else None
-        losses = [report.losses["total"] for report in result.reports]
-        loss = float(np.mean(losses)) if losses else None
         folder.append_timeline("work", round_num, runtime.timeline.take())
         up, down = round_bytes(result)
-        observer.round_finished(RoundSummary(round_num, loss, valid_mrr, progress.best_mrr, seconds, up, down))
+        observer.round_finished(
+            RoundSummary(round_num, rows[-1]["loss"], valid_mrr, progress.best_mrr, seconds, up, down)
+        )
     return checkpoint
+
+
+def _measure_if_due(config: Config, runtime: Runtime, round_num: int, seconds: dict[str, float]) -> Measurements | None:
+    """Let the instruments measure in the rounds in which the config wants it, and note the time."""
+    every = config.evaluation.measure_every
+    if every is None or round_num % every:
+        return None
+    started = time.perf_counter()
+    measured = runtime.measure(round_num)
+    seconds["measure"] = time.perf_counter() - started
+    return measured
 
 
 def sample_cohort(config: Config, clients: Sequence[int], round_num: int) -> list[int]:
@@ -260,7 +301,7 @@ def _finish(runtime: Runtime, schedule: Schedule | None, folder: RunFolder, prog
         seconds=seconds,
         bytes_up=progress.bytes_up,
         bytes_down=progress.bytes_down,
-        imputation=_imputation_table(measured),
+        imputation=imputation_table(measured),
         consistency=measured.consistency,
         participation=participation_totals(schedule.rounds[: progress.round_num]) if schedule is not None else None,
     )
@@ -272,16 +313,6 @@ def _verify_best(best: Path) -> None:
         read_manifest(best)
     except RunError as err:
         raise RunError(f"{err}; the run's best models are lost: start it anew with `fedsim run`") from err
-
-
-def _imputation_table(measured: Measurements) -> dict[str, dict[str, float]]:
-    """Average over clients: ``<modality>/<imputer>`` -> metric -> value."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for metrics in measured.imputation.values():
-        for name, value in metrics.items():
-            row, metric = name.rsplit("/", 1)
-            values.setdefault(row, {}).setdefault(metric, []).append(value)
-    return {row: {name: float(np.mean(v)) for name, v in metrics.items()} for row, metrics in values.items()}
 
 
 def _advance(

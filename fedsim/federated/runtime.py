@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -102,6 +102,10 @@ class Runtime(Protocol):
 
     def measure(self, round_num: int) -> Measurements:
         """Measure imputation and semantic consistency."""
+        ...
+
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show a finished round to whoever watches the processes; rows as `fedsim.results.metric_rows` makes them."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -227,6 +231,9 @@ class InProcessRuntime:
         with self.timeline.span(HERE, f"measurement in round {round_num}"):
             imputation, sums = measure_clients(self.shelf, list(self.clients.values()), shared, round_num)
         return Measurements(dict(zip(self.clients, imputation, strict=True)), semantic_consistency(sums))
+
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing: this process is watched by its own output."""
 
     def save(self, folder: Path) -> None:
         """Write one file per batch of clients and one for the server."""

@@ -1,0 +1,26 @@
+"""A client actor as the driver knows it."""
+
+from dataclasses import dataclass
+
+from ray.actor import ActorProxy
+
+from actors.client import _ClientActor
+from actors.placement import Batch
+
+
+@dataclass
+class Held:
+    """One client actor: its handle, its name, its batches of clients, and where it is once it has started."""
+
+    actor: ActorProxy[_ClientActor]
+    name: str
+    batches: tuple[Batch, ...]
+    node: str = "not known yet"
+    node_id: str = ""
+    pid: int = 0
+    private_bytes: float = 0.0
+
+    @property
+    def clients(self) -> list[int]:
+        """All clients that the actor holds."""
+        return [client for batch in self.batches for client in batch]
