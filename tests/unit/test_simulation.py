@@ -94,6 +94,7 @@ def test_every_strategy_runs_to_its_end(strategy: str, data: Path) -> None:
         "versions.json",
         "metrics.jsonl",
         "timeline.jsonl",
+        "tensorboard",
         "checkpoints",
         "models",
         "result.json",

@@ -1,0 +1,197 @@
+"""Ray's metrics: what a live run shows, how many series there are, and what the docs say of them."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors import metrics
+from actors.calls import Call
+from actors.metrics import METRICS, RunMetrics, Watch, WatchedTimeline
+from fedsim.errors import RunError
+from live_run import LiveRun
+
+WATCHING = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8")
+SAMPLE = re.compile(r"^(ray_fedsim_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+CLIENT_ROW = {"round": 2, "client": 1, "losses": {"total": 4.0}, "seconds": 0.5, "valid": {"mrr": 0.25}}
+ROUND_ROW = {
+    "round": 2,
+    "client": None,
+    "loss": 4.5,
+    "num_trained": 3,
+    "bytes_up": 10,
+    "bytes_down": 0,
+    "phase_seconds": {"train": 1.0},
+    "valid": {"mrr": 0.5},
+    "participation": {"late": [4, 7]},
+    "imputation": {"image/mean": {"cosine": float("nan")}, "image/diffusion": {"cosine": 0.75}},
+    "consistency": {"local/total": 0.625},
+}
+
+
+class Instrument:
+    """Stands for a metric of Ray's: keeps what it is told."""
+
+    def __init__(self, told: list[tuple[str, float, dict[str, str]]], name: str) -> None:
+        self.told, self.name = told, name
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.told.append((self.name, value, tags))
+
+    inc = observe = set
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, dict[str, str]]]:
+    """Return the list of all that is told from now on: name, value, labels."""
+    found: list[tuple[str, float, dict[str, str]]] = []
+    monkeypatch.setattr(metrics, "_instrument", lambda name: Instrument(found, name))
+    return found
+
+
+@pytest.fixture
+def run_metrics(told: list[Any]) -> Iterator[RunMetrics]:
+    made = RunMetrics("fedsim/trial", 5, per_client=True)
+    yield made
+    made.close()
+
+
+def _samples(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for name, labels, value in SAMPLE.findall(text):
+        found.setdefault(name, []).append((dict(LABEL.findall(labels)), float(value)))
+    return found
+
+
+def _exported(name: str) -> str:
+    """Return the name under which Ray shows a metric."""
+    ending = {"gauge": "", "counter": "_total", "histogram": "_count"}[METRICS[name].kind]
+    return f"ray_{name}{ending}"
+
+
+def test_a_live_run_shows_every_metric_with_its_labels(live_run: LiveRun) -> None:
+    wanted = {_exported(name) for name in METRICS}
+    found = _samples(live_run.scrape_until(lambda text: wanted <= _samples(text).keys()))
+    assert wanted - found.keys() == set()
+    for name, metric in METRICS.items():
+        for labels, _ in found[_exported(name)]:
+            assert labels["run"] == "watched"
+            assert all(labels[label] for label in metric.labels)
+
+
+def test_what_a_live_run_shows_is_true(live_run: LiveRun) -> None:
+    found = _samples(live_run.scrape_until(lambda text: "ray_fedsim_client_seconds" in text))
+    value = {name: samples[0][1] for name, samples in found.items()}
+    rows = [json.loads(line) for line in (live_run.folder / "metrics.jsonl").read_text().splitlines()]
+    totals = {row["round"]: row for row in rows if row["client"] is None}
+    assert value["ray_fedsim_rounds"] == 100_000
+    assert 1 <= value["ray_fedsim_round"] <= max(totals)
+    assert value["ray_fedsim_valid_mrr"] in {row["valid"]["mrr"] for row in totals.values()}
+    assert value["ray_fedsim_clients_alive"] == value["ray_fedsim_clients_trained"] == 3
+    assert value["ray_fedsim_clients_failed"] == value["ray_fedsim_clients_late"] == 0
+    actors = {labels["actor"] for labels, _ in found["ray_fedsim_host_memory_bytes"]}
+    assert actors == {"driver", "server", "pool-0"}
+    assert all(50e6 < memory < 2e9 for _, memory in found["ray_fedsim_host_memory_bytes"])
+    phases = {labels["phase"] for labels, _ in found["ray_fedsim_phase_seconds"]}
+    assert {"train", "aggregate", "distil", "evaluate", "measure", "checkpoint"} == phases
+    assert {labels["phase"] for labels, _ in found["ray_fedsim_call_seconds_count"]} == phases - {"checkpoint"}
+    assert {labels["client"] for labels, _ in found["ray_fedsim_client_loss"]} == {"0", "1", "2"}
+
+
+def test_a_gauge_is_still_there_when_ray_would_have_forgotten_it(live_run: LiveRun) -> None:
+    """The number of rounds is set once; at the interval of this run Ray forgets a gauge after four seconds."""
+    first = live_run.scrape_until(lambda text: "ray_fedsim_rounds" in text)
+    time.sleep(5)
+    assert "ray_fedsim_rounds" in first
+    assert "ray_fedsim_rounds" in live_run.scrape()
+
+
+def test_a_round_is_told(run_metrics: RunMetrics, told: list[Any]) -> None:
+    run_metrics.record([CLIENT_ROW, ROUND_ROW])
+    run = {"run": "trial"}
+    expected = [
+        ("fedsim_round", 2, run),
+        ("fedsim_loss", 4.5, run),
+        ("fedsim_valid_mrr", 0.5, run),
+        ("fedsim_phase_seconds", 1.0, run | {"phase": "train"}),
+        ("fedsim_bytes_up", 10, run),
+        ("fedsim_clients_trained", 3, run),
+        ("fedsim_clients_late", 2, run),
+        ("fedsim_imputation_cosine", 0.75, run | {"part": "image/diffusion"}),
+        ("fedsim_consistency_cosine", 0.625, run | {"part": "local/total"}),
+        ("fedsim_client_loss", 4.0, run | {"client": "1"}),
+        ("fedsim_client_seconds", 0.5, run | {"client": "1"}),
+        ("fedsim_client_valid_mrr", 0.25, run | {"client": "1"}),
+    ]
+    assert [item for item in expected if item not in told] == []
+    assert not [item for item in told if item[0] == "fedsim_bytes_down"], "a counter cannot be told of nothing"
+    assert ("image/mean") not in {labels.get("part") for _, _, labels in told}, "NaN is no value"
+
+
+def test_many_clients_have_no_series_of_their_own(told: list[Any]) -> None:
+    made = RunMetrics("fedsim/trial", 5, per_client=False)
+    made.record([{**CLIENT_ROW, "client": number} for number in range(500)] + [ROUND_ROW])
+    made.close()
+    assert not [labels for _, _, labels in told if "client" in labels]
+    assert len({(name, *sorted(labels.items())) for name, _, labels in told}) < 20
+
+
+def test_rounds_add_no_series(run_metrics: RunMetrics) -> None:
+    run_metrics.record([CLIENT_ROW, ROUND_ROW])
+    before = len(run_metrics.watch._values)
+    for round_num in range(3, 50):
+        run_metrics.record([CLIENT_ROW | {"round": round_num}, ROUND_ROW | {"round": round_num}])
+    assert len(run_metrics.watch._values) == before
+
+
+def test_queues_count_down_to_zero_and_results_pass_unchanged(run_metrics: RunMetrics, told: list[Any]) -> None:
+    """Actor a has three batches, b one; their results come in the order a, b, a, a."""
+
+    def call(actor: str) -> Call[int]:
+        return Call("client 0", f"fedsim/trial/{actor}", "node", "training", lambda: None)  # type: ignore[arg-type, return-value]
+
+    a, b = call("a"), call("b")
+    results = [(a, 1), (b, 2), (a, 3), (a, 4)]
+    assert list(run_metrics.queues([[a, a, a], [b]], iter(results))) == results
+    lengths = [(labels["actor"], value) for name, value, labels in told if name == "fedsim_queue_length"]
+    assert lengths == [("a", 3), ("b", 1), ("a", 2), ("b", 0), ("a", 1), ("a", 0)]
+
+
+def test_a_failure_is_told_with_its_actor() -> None:
+    failed: list[str] = []
+    timeline = WatchedTimeline(failed.append)
+    timeline.ended("fedsim/trial/pool-0", "training", 1.0)
+    with pytest.raises(RunError), timeline.span("fedsim/trial/pool-1", "training"):
+        raise RunError("no")
+    assert failed == ["fedsim/trial/pool-1"]
+    assert [span.failed for span in timeline.take()] == [False, True]
+
+
+def test_a_watch_repeats_its_gauges_until_it_is_closed(told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "REFRESH_SECONDS", 0.01)
+    watch = Watch("trial", lambda: {"fedsim_clients_alive": 2}, actor="pool-0")
+    watch.set("fedsim_loss", 3.0)
+    deadline = time.monotonic() + 10
+    while [name for name, _, _ in told].count("fedsim_loss") < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watch.close()
+    number = len(told)
+    time.sleep(0.05)
+    assert len(told) == number
+    assert not [thread for thread in threading.enumerate() if thread.name == "fedsim-metrics"]
+    assert told.count(("fedsim_loss", 3.0, {"run": "trial"})) >= 3
+    assert told.count(("fedsim_clients_alive", 2, {"run": "trial", "actor": "pool-0"})) >= 3
+
+
+def test_the_docs_have_every_metric_as_the_code_has_it() -> None:
+    rows = re.findall(r"^\| `(fedsim_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$", WATCHING, flags=re.MULTILINE)
+    told = {
+        name: (kind, tuple(re.findall(r"`(\w+)`", labels)), meaning.strip()) for name, kind, labels, meaning in rows
+    }
+    assert told == {name: (item.kind, ("run", *item.labels), item.meaning) for name, item in METRICS.items()}
