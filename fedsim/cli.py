@@ -23,6 +23,7 @@ from fedsim.dashboard_commands import dashboard
 from fedsim.data_commands import data
 from fedsim.errors import FedSimError
 from fedsim.report.console import ConsoleObserver, make_console, show_candidates, show_result, shown_path
+from fedsim.storage_commands import OUTPUT, RunPath, fetch, local_run, store
 
 if TYPE_CHECKING:
     from fedsim.benchmark.execution import Outcomes
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RUN_FOLDER = click.Path(path_type=Path, file_okay=False)
+RUN_FOLDER = RunPath()
 
 
 class _InterruptedRunError(Exception):
@@ -114,6 +115,8 @@ def _run_on_ray(cells: Sequence[Cell], **options: Any) -> Outcomes:
 commands.add_command(data)
 commands.add_command(dashboard)
 commands.add_command(benchmark_command(_run_on_ray))
+commands.add_command(fetch)
+commands.add_command(store)
 
 
 @commands.command(cls=ConfigCommand)
@@ -137,12 +140,15 @@ def run(config: Path | None) -> None:
 
 
 @commands.command()
-@click.argument("folder", metavar="RUN", type=RUN_FOLDER)
-def resume(folder: Path) -> None:
+@click.argument("run", metavar="RUN", type=RunPath(stored=True))
+@click.option("--output", type=OUTPUT, help="Folder for a run that is fetched.  [default: runs/<name of the copy>]")
+def resume(run: Path | str, output: Path | None) -> None:
     """Continue an interrupted or killed run.
 
-    It goes on from its last checkpoint and ends with the numbers of an unbroken run.
+    It goes on from its last checkpoint and ends with the numbers of an unbroken run. RUN is its folder, or the URI of
+    its stored copy, from which it goes on here.
     """
+    folder = local_run(run, output)
     stored = _run_config(folder)
     from fedsim import simulation
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from fedsim.config_types import Count, Positive, Rate, Section, Weight
+from fedsim.config_types import Count, Positive, Rate, Section, StorageURI, Weight
 from fedsim.errors import ConfigError
 from fedsim.federation_config import CommunicationConfig, DistillationConfig, FederationConfig, ParticipationConfig
 from fedsim.imputer_config import ImputerConfig
@@ -117,8 +117,10 @@ class TrainingConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of one_vs_all")
     n3_weight: Weight = Field(0.0, description="weight of the N3 regulariser")
     num_negatives: Count = Field(256, description="negatives per triple of self_adversarial")
-    negatives: Literal["per_triple", "shared"] = Field(
-        "per_triple", description="negatives of self_adversarial: of each query, or one set for a client's whole batch"
+    negatives: Literal["per_triple", "filtered", "shared"] = Field(
+        "per_triple",
+        description="negatives of self_adversarial: of each query, of each query without known answers (FedE), or one "
+        "set for a client's whole batch",
     )
     negative_weighting: Literal["belief", "entropy"] = Field(
         "belief", description="what weighs a negative of self_adversarial: its score, or how unsure the model is of it"
@@ -179,7 +181,12 @@ class Config(Section):
     """The whole experiment."""
 
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of every random draw")
-    output: str | None = Field(None, description="run folder; null takes runs/<data>-<strategy>-<time>")
+    output: str | None = Field(
+        None, description="run folder; null takes runs/<data>-<strategy>-<time>, or the name of storage"
+    )
+    storage: StorageURI | None = Field(
+        None, description="URI such as s3://bucket/runs/trial where the run is kept as well, to resume it anywhere"
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import subprocess
@@ -16,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 from fedsim.checkpoint import checkpoint_folder, replace_text, write_failure, write_text
 from fedsim.config import Config, dump_config, load_config
 from fedsim.errors import RunError
+from fedsim.run_storage import RunStorage, local_folder
 
 if TYPE_CHECKING:  # keeps torch out of a look at a folder
     from fedsim.federated.timeline import Span
+
+logger = logging.getLogger(__name__)
 
 VERSIONED = ("fedsim", "torch", "numpy", "ray", "scipy", "scikit-learn", "pydantic", "safetensors")
 
@@ -28,10 +32,11 @@ class RunFolder:
 
     Args:
         path: the folder.
+        storage: where the run is kept as well.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+    def __init__(self, path: Path, storage: RunStorage | None = None) -> None:
+        self.path, self.storage = path.absolute(), storage
         self.metrics_file = self.path / "metrics.jsonl"
         self.timeline_file = self.path / "timeline.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -40,13 +45,16 @@ class RunFolder:
 
     @staticmethod
     def refuse_existing(config: Config) -> None:
-        """Refuse a run folder that exists, before anything costly is started.
+        """Refuse a run folder or a stored run that exists, before anything costly is started.
 
         Raises:
-            RunError: if the config names a folder that exists.
+            RunError: if the config names one that exists, or a storage that cannot be used.
         """
-        if config.output is not None and Path(config.output).exists():
-            raise RunError(_exists(config.output))
+        name = default_output(config) if config.output is None and config.storage is not None else config.output
+        if name is not None and Path(name).exists():
+            raise RunError(_exists(name))
+        if config.storage is not None:
+            RunStorage(config.storage).refuse_existing()
 
     @classmethod
     def create(cls, config: Config) -> "RunFolder":
@@ -56,7 +64,7 @@ class RunFolder:
             RunError: if the folder exists or cannot be made.
         """
         name = config.output or default_output(config)
-        folder = cls(Path(name))
+        folder = cls(Path(name), _storage(config))
         try:
             folder.path.mkdir(parents=True)
         except FileExistsError as err:
@@ -67,6 +75,11 @@ class RunFolder:
             write_text(folder.path / "config.yaml", dump_config(config))
             write_text(folder.path / "versions.json", json.dumps(versions(), indent=1) + "\n")
             write_text(folder.metrics_file, "")
+            if folder.storage is not None:
+                folder.storage.push(folder.path)
+        except RunError:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         except OSError as err:
             shutil.rmtree(folder.path, ignore_errors=True)  # without a config it could not be resumed
             raise RunError(
@@ -82,10 +95,11 @@ class RunFolder:
         Raises:
             RunError: if it is not a run folder.
         """
-        folder = cls(path)
-        if not (folder.path / "config.yaml").is_file():
+        file = path / "config.yaml"
+        if not file.is_file():
             raise RunError(f"{path} is not a run folder (it has no config.yaml); give the folder of a `fedsim run`")
-        return folder, load_config(folder.path / "config.yaml")
+        config = load_config(file)
+        return cls(path, _storage(config)), config
 
     def checkpoint(self, round_num: int) -> Path:
         """Return where a round's checkpoint stands."""
@@ -141,6 +155,17 @@ class RunFolder:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def store(self) -> None:
+        """Bring the stored copy up to date, if the run has one; until the run is finished, a failure is a warning."""
+        if self.storage is None:
+            return
+        try:
+            self.storage.push(self.path)
+        except RunError as err:
+            if self.result_file.is_file():
+                raise RunError(f"{err}; the run is finished: bring it there with `fedsim store {self.path}`") from err
+            logger.warning("%s; the run goes on in %s, and tries again with its next checkpoint", err, self.path)
+
     def remove_half_written(self) -> None:
         """Delete what an interrupted checkpoint left: actors may write until they end, after the driver cleaned up."""
         for folder in self.checkpoints.glob(".*.tmp"):
@@ -162,12 +187,18 @@ def _read_rows(path: Path, *, to_the_end: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
+def _storage(config: Config) -> RunStorage | None:
+    return None if config.storage is None else RunStorage(config.storage)
+
+
 def _exists(name: str) -> str:
     return f"run folder {name} exists; continue it with `fedsim resume {name}`, or give another --output"
 
 
 def default_output(config: Config) -> str:
-    """Name a run folder after data set, strategy and time; a second run in the same second gets a number."""
+    """Name a run folder after its stored copy, or data set, strategy and time (in the same second with a number)."""
+    if config.storage is not None:
+        return str(local_folder(config.storage))
     data = Path(config.data.path).name
     base = f"runs/{data}-{config.federation.strategy}-{datetime.now():%Y%m%d-%H%M%S}"
     name, number = base, 2

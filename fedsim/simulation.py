@@ -190,6 +190,7 @@ def _run(
         raise
     finally:
         folder.append_timeline("stop", progress.round_num, runtime.timeline.take(), error)
+    folder.store()
     return result
 
 
@@ -250,6 +251,7 @@ def run_rounds(
         if is_best or is_last or round_num % config.checkpoint.every == 0 or _out_of_patience(config, progress):
             checkpoint = write_checkpoint(folder.checkpoints, round_num, asdict(progress), runtime.save)
             prune_checkpoints(folder.checkpoints, config.checkpoint.keep, progress.best_round)
+            folder.store()
         progress.seconds["checkpoint"] = progress.seconds.get("checkpoint", 0.0) + time.perf_counter() - started
         valid_mrr = weighted_mean([item.metrics for item in evaluations]).mrr if evaluations else None
         folder.append_timeline("work", round_num, runtime.timeline.take())

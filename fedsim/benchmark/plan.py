@@ -21,6 +21,7 @@ DECIDED = frozenset(
     {
         "seed",
         "output",
+        "storage",
         "data.missing_rate",
         "data.missing_pattern",
         "federation.strategy",
