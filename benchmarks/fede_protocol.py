@@ -3,11 +3,11 @@
     FEDSIM_DATA=data python benchmarks/fede_protocol.py --output runs/fede
 
 To be held against FedE's public code on the same split: dim 128, gamma 10, Adam 1e-3 anew each round, batch 512, 256
-tail negatives, temperature 1, 3 local epochs, rows averaged over their owners. Ranked are tails, filtered, among a
-client's entities, after the aggregation; clients are weighted by triples. As in that code, RotatE and ComplEx have 128
-complex numbers per entity (256 here), values start uniform within (gamma + 2) / 128 (here normal, of the same
-deviation), phases are scaled by pi over that, and ComplEx has no gamma. Unlike there, a negative may be a true answer,
-and ranks are realistic (ties in the middle).
+tail negatives without known answers, temperature 1, 3 local epochs, rows averaged over their owners. Ranked are tails,
+filtered, among a client's entities, after the aggregation; clients are weighted by triples. As in that code, RotatE
+and ComplEx have 128 complex numbers per entity (256 here), values start uniform within (gamma + 2) / 128 (here normal,
+of the same deviation), phases are scaled by pi over that, and ComplEx has no gamma. Unlike there, ranks are realistic:
+ties in the middle.
 """
 
 import json
@@ -34,6 +34,7 @@ FEDE: dict[str, Any] = {
     "training.loss": "self_adversarial",
     "training.batch_size": 512,
     "training.num_negatives": 256,
+    "training.negatives": "filtered",
     "training.local_epochs": 3,
     "training.learning_rate": 0.001,
     "training.reset_optimizer": "always",

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import RunError
+from fedsim.evaluation.ranking import FilterIndex
 from fedsim.models.client_model import ClientModel, EntityInput
 from fedsim.models.client_stack import ClientStack, ClientValues, Member
 from fedsim.models.imputers import Draws, Imputation, TokenTable
 from fedsim.models.losses import n3_penalty
-from fedsim.models.negatives import candidate_scores, draw_negatives, used_rows
+from fedsim.models.negatives import candidate_scores, draw_negatives, known_answers, redraw_known, used_rows
 from fedsim.models.optimizers import OPTIMIZERS
 from fedsim.models.parameters import Params, select_view, take_rows
 from fedsim.models.steps import Batch, Coupling, Forward, Step
@@ -30,11 +31,13 @@ class _Epoch:
         rows: of each client, its batches as rows of its triples.
         hidden: view -> modality tokens that each client hides from itself, bool [num_tokens, num_entities].
         imputations: view -> imputed tokens of all clients.
+        known: of each client, the answers that are no negatives, where those are filtered.
     """
 
     rows: list[tuple[Tensor, ...]]
     hidden: dict[str, list[Tensor | None]]
     imputations: dict[str, Imputation | None]
+    known: list[FilterIndex | None]
 
     def num_active(self, step: int) -> int:
         """Return how many clients have a batch for a step; they are the first ones."""
@@ -122,7 +125,9 @@ def _start_epoch(
         torch.randperm(len(member.inputs.triples), generator=shuffle).split(stack.model.config.training.batch_size)
         for member, shuffle in zip(stack.members, shuffles, strict=True)
     ]
-    return _Epoch(rows, hidden, imputations)
+    config = stack.model.config.training
+    known = previous.known if previous else [known_answers(config, own.inputs.triples) for own in stack.members]
+    return _Epoch(rows, hidden, imputations, known)
 
 
 def hide_tokens(model: ClientModel, num_entities: int, generator: torch.Generator) -> Tensor | None:
@@ -146,14 +151,17 @@ def _draw_batch(
     model = stack.model
     triples, weights, negatives = [], [], []
     num_sides = 1 if model.config.training.corruption == "tail" else 2
-    for member, batches, shuffle in zip(stack.members, epoch.rows, shuffles, strict=False):
+    for member, batches, known, shuffle in zip(stack.members, epoch.rows, epoch.known, shuffles, strict=False):
         rows = batches[step]
         own = member.inputs.triples[rows.to(stack.device)]
         triples.append(own)
         weights.append(torch.full((num_sides, len(rows)), 1 / (num_sides * len(rows))))
         if model.loss.samples_negatives:
             shape = (num_sides, len(rows))
-            negatives.append(draw_negatives(model.config.training, shape, member.num_entities, shuffle))
+            drawn = draw_negatives(model.config.training, shape, member.num_entities, shuffle)
+            if known is not None:
+                drawn = redraw_known(drawn, own, known, member.num_entities, shuffle)
+            negatives.append(drawn)
     draws, keep = {}, {}
     for view in noise:
         if model.imputes:

@@ -63,6 +63,11 @@ METHODS: dict[str, dict[str, Any]] = {
         }
         for name in ("ikrl", "tbkgc")
     },
+    "filtered negatives": {
+        "federation.strategy": "fede",
+        "training.loss": "self_adversarial",
+        "training.negatives": "filtered",
+    },
     "shared negatives": {
         "federation.strategy": "fede",
         "training.loss": "self_adversarial",

@@ -5,7 +5,7 @@ import torch
 
 from experiments import generator, small_config
 from fedsim.models.client_model import ClientModel
-from fedsim.models.negatives import candidate_scores, draw_negatives, used_rows
+from fedsim.models.negatives import candidate_scores, draw_negatives, known_answers, redraw_known, used_rows
 from fedsim.models.scorers import SCORERS
 
 
@@ -21,6 +21,36 @@ def test_negatives_are_drawn_from_all_entities_of_the_client() -> None:
 def test_shared_negatives_are_one_set() -> None:
     settings = small_config({"training.num_negatives": 50, "training.negatives": "shared"}).training
     assert draw_negatives(settings, (2, 30), 7, generator()).shape == (1, 1, 50)
+
+
+def test_filtered_negatives_are_all_but_the_known_answers_of_their_query() -> None:
+    """Of 7 entities (0, 0, ?) has the answers 1 and 2, (?, 0, 2) the answers 0 and 3, (?, 0, 1) the answer 0."""
+    settings = small_config({"training.num_negatives": 400, "training.negatives": "filtered"}).training
+    triples = torch.tensor([[0, 0, 1], [0, 0, 2], [3, 0, 2]])
+    known = known_answers(settings, triples)
+    assert known is not None
+    batch = triples[:2]
+    drawn = draw_negatives(settings, (2, 2), 7, generator())
+    negatives = redraw_known(drawn, batch, known, 7, generator(1))
+    assert negatives[0, 0].unique().tolist() == negatives[0, 1].unique().tolist() == [0, 3, 4, 5, 6]
+    assert negatives[1, 0].unique().tolist() == [1, 2, 3, 4, 5, 6]
+    assert negatives[1, 1].unique().tolist() == [1, 2, 4, 5, 6]
+    kept = negatives == drawn
+    assert torch.equal(kept[0], ~torch.isin(drawn[0], torch.tensor([1, 2])) | kept[0])  # others stay as drawn
+    assert kept.double().mean() > 0.6
+
+
+def test_a_query_whose_answers_are_all_entities_keeps_its_negatives() -> None:
+    settings = small_config({"training.num_negatives": 5, "training.negatives": "filtered"}).training
+    triples = torch.tensor([[0, 0, 0], [0, 0, 1]])
+    known = known_answers(settings, triples)
+    assert known is not None
+    drawn = draw_negatives(settings, (1, 2), 2, generator())
+    assert torch.equal(redraw_known(drawn, triples, known, 2, generator()), drawn)
+
+
+def test_only_filtered_negatives_need_an_index() -> None:
+    assert known_answers(small_config({}).training, torch.zeros(1, 3, dtype=torch.int64)) is None
 
 
 @pytest.mark.parametrize("scorer", SCORERS)

@@ -101,9 +101,9 @@ def test_one_vs_all_asks_both_sides_unless_tails_alone(monkeypatch: pytest.Monke
     assert sizes == [(2 * num_triples, num_entities), (num_triples, num_entities)]
 
 
-@pytest.mark.parametrize("kind", ["per_triple", "shared"])
+@pytest.mark.parametrize("kind", ["per_triple", "filtered", "shared"])
 def test_negatives_are_entities_of_the_client(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each query has its own, or all of a batch the same; the true answer is scored in column 0."""
+    """Each query has its own, known answers among them or not, or all the same; the true answer is in column 0."""
     batches: list[Any] = []
     forwards: list[Any] = []
     real = training.forward_view
@@ -124,6 +124,14 @@ def test_negatives_are_entities_of_the_client(kind: str, monkeypatch: pytest.Mon
     assert 0 <= int(batch.negatives.min()) <= int(batch.negatives.max()) < len(client.data.entity_ids)
     assert forward.logits.shape == (num_queries, 1 + num_negatives)
     assert not bool(forward.target.any())
+    if kind != "shared":
+        known = {(h, r, t) for h, r, t in client.triples.tolist()}
+        own = batch.triples.tolist()
+        asked = [*((h, r, None) for h, r, _ in own), *((None, r, t) for _, r, t in own)]
+        hit = False
+        for (h, r, t), drawn in zip(asked, batch.negatives.tolist(), strict=True):
+            hit |= any(((h, r, e) if t is None else (e, r, t)) in known for e in drawn)
+        assert hit == (kind == "per_triple")
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
