@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +156,27 @@ class _ClientActor:
         return sums
 
     @ray.method
-    def save(self, clients: Sequence[int], folder: Path) -> None:
-        """Write the file of a batch of clients of a checkpoint."""
+    def save(self, clients: Sequence[int], mark: Path) -> dict[int, Params] | None:
+        """Write the file of a batch of clients beside a mark, or return what it would hold if there is no mark."""
         with self.shelf.at_work([self.clients[client] for client in clients], changes=False):
-            save_clients({client: self.clients[client].state() for client in clients}, folder)
+            states = {client: self.clients[client].state() for client in clients}
+            if not mark.exists():
+                return states
+            save_clients(states, mark.parent)
+            return None
 
     @ray.method
-    def load(self, clients: Sequence[int], folder: Path) -> None:
-        """Read the file of a batch of clients of a checkpoint."""
-        with self.shelf.at_work([self.clients[client] for client in clients]):
-            for client, state in load_clients(clients, folder).items():
-                self.clients[client].load_state(state)
+    def load(self, clients: Sequence[int], mark: Path) -> bool:
+        """Read the file of a batch of clients beside a mark; returns whether there is a mark."""
+        if not mark.exists():
+            return False
+        self._restore(load_clients(clients, mark.parent))
+        return True
+
+    @ray.method
+    def take(self, states: dict[int, Params]) -> None:
+        """Take over the states of a batch of clients that this process cannot read where it is."""
+        self._restore({client: _copies(state) for client, state in states.items()})
 
     @ray.method(num_returns=2)
     def release(self, clients: Sequence[int]) -> tuple[list[tuple[ClientData, Params]], int]:
@@ -184,8 +194,7 @@ class _ClientActor:
         for data, state in moved:
             client = self._add(data)
             with self.shelf.at_work([client]):
-                # Copies: training changes values in place, and what came by the object store is not ours to change.
-                client.load_state({name: value.clone() for name, value in state.items()})
+                client.load_state(_copies(state))
 
     def _train(
         self, clients: Sequence[int], round_num: int, broadcast: Broadcast | None
@@ -200,6 +209,12 @@ class _ClientActor:
                 f"training in round {round_num}",
                 lambda part: train_clients(part, round_num, broadcast),
             )
+
+    def _restore(self, states: Mapping[int, Params]) -> None:
+        """Put clients back to the state of a checkpoint."""
+        with self.shelf.at_work([self.clients[client] for client in states]):
+            for client, state in states.items():
+                self.clients[client].load_state(state)
 
     def _add(self, data: ClientData) -> Client:
         """Make a client of its data and the matrices of the node."""
@@ -218,6 +233,11 @@ class _ClientActor:
             ownership = {number: client.shared_ids for number, client in self.clients.items()}
             self.sums = RoundSums(self.shape, round_num, ownership)
         return self.sums
+
+
+def _copies(state: Params) -> Params:
+    """Copy what came by the object store, which is not ours to change: training changes values in place."""
+    return {name: value.clone() for name, value in state.items()}
 
 
 ClientActor = ray.remote(_ClientActor)

@@ -7,6 +7,11 @@ from ray.actor import ActorProxy
 from actors.client import _ClientActor
 from actors.placement import Batch
 
+PARTS = (
+    "the share of the GPU of actor %s ran out of memory, %s: of %d clients of a batch it trains %d at once from now "
+    "on, which changes the last digits; lower runtime.clients_per_batch or raise runtime.gpus_per_client to avoid it"
+)
+
 
 @dataclass
 class Held:

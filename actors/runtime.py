@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import ray
 import torch
@@ -22,9 +22,11 @@ from actors.client import ClientActor
 from actors.cluster import connect
 from actors.metrics import RunMetrics, WatchedTimeline
 from actors.placement import Batch, rebalance
-from actors.pool import Held
+from actors.pool import PARTS, Held
 from actors.reservation import free_name, take_share
 from actors.server import ServerActor, _ServerActor
+from actors.state_files import keep_clients, keep_server, marked
+from fedsim.checkpoint import load_clients, load_tensors, server_file
 from fedsim.config import Config
 from fedsim.data.clients import ClientData, shared_matrices, without_matrices
 from fedsim.evaluation.consistency import merge_sums, semantic_consistency, shared_entities
@@ -51,10 +53,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PARTS = (
-    "the share of the GPU of actor %s ran out of memory, %s: of %d clients of a batch it trains %d at once from now "
-    "on, which changes the last digits; lower runtime.clients_per_batch or raise runtime.gpus_per_client to avoid it"
-)
 BALANCE_ROUNDS = 5  # between two looks at how evenly the actors are busy
 
 
@@ -183,15 +181,25 @@ class RayRuntime:
             self.metrics.record(rows)
 
     def save(self, folder: Path) -> None:
-        """Let each actor write its own files; on several nodes the folder must be on storage that they share."""
+        """Let each actor write its own files; what one cannot write where it is comes here."""
         started = time.perf_counter()
-        self._move_state(folder.absolute(), "save")
+        with marked(folder) as mark:
+            if self.server is not None:
+                keep_server(self._await_server(self.server.save.remote(mark), "saving"), folder)
+            for _, states in self._each_batch("saving", lambda held, batch: held.actor.save.remote(batch, mark)):
+                keep_clients(states, folder)
         if self.metrics is not None:
             self.metrics.phase("checkpoint", time.perf_counter() - started)
 
     def load(self, folder: Path) -> None:
-        """Let each actor read its own files."""
-        self._move_state(folder.absolute(), "load")
+        """Let each actor read its own files, or what this process reads for it."""
+        with marked(folder) as mark:
+            if self.server is not None and not self._await_server(self.server.load.remote(mark), "loading"):
+                self._await_server(self.server.take.remote(load_tensors(server_file(folder))), "loading")
+            calls = self._each_batch("loading", lambda held, batch: held.actor.load.remote(batch, mark))
+            absent = [client for call, found in calls if not found for client in call.clients]
+        read = partial(load_clients, folder=folder)
+        list(self._each_batch("loading", lambda held, batch: held.actor.take.remote(read(batch)), absent))
 
     def close(self) -> None:
         """End the actors, and the cluster if it was started for this run."""
@@ -388,10 +396,3 @@ class RayRuntime:
         """Tell Ray's metrics how many clients the actor of a failed call holds."""
         if self.metrics is not None:
             self.metrics.failed(sum(len(held.clients) for held in self.pool if held.name == actor))
-
-    def _move_state(self, folder: Path, verb: Literal["save", "load"]) -> None:
-        """Save or load the state of server and clients."""
-        what = "saving" if verb == "save" else "loading"
-        if self.server is not None:
-            self._await_server(getattr(self.server, verb).remote(folder), what)
-        list(self._each_batch(what, lambda held, batch: getattr(held.actor, verb).remote(batch, folder)))

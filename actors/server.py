@@ -15,6 +15,7 @@ from fedsim.federated.aggregation import PartialSums, SumShape
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server, ServerReport
+from fedsim.models.parameters import Params
 from fedsim.process import collect_garbage, return_freed_memory, set_aside_imports, settle_process
 
 
@@ -85,14 +86,25 @@ class _ServerActor:
         return report
 
     @ray.method
-    def save(self, folder: Path) -> None:
-        """Write the server's file of a checkpoint."""
-        save_tensors(self.server.state(), server_file(folder))
+    def save(self, mark: Path) -> Params | None:
+        """Write the server's file of a checkpoint beside a mark, or return what it would hold if there is no mark."""
+        if not mark.exists():
+            return self.server.state()
+        save_tensors(self.server.state(), server_file(mark.parent))
+        return None
 
     @ray.method
-    def load(self, folder: Path) -> None:
-        """Read the server's file of a checkpoint."""
-        self.server.load_state(load_tensors(server_file(folder)))
+    def load(self, mark: Path) -> bool:
+        """Read the server's file of a checkpoint beside a mark; returns whether there is one."""
+        if not mark.exists():
+            return False
+        self.server.load_state(load_tensors(server_file(mark.parent)))
+        return True
+
+    @ray.method
+    def take(self, state: Params) -> None:
+        """Take over the state of a checkpoint that this process cannot read where it is, as copies."""
+        self.server.load_state({name: value.clone() for name, value in state.items()})
 
 
 ServerActor = ray.remote(_ServerActor)

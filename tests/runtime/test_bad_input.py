@@ -5,7 +5,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,28 @@ def test_a_damaged_client_file_is_named(runtime: RayRuntime, tmp_path: Path) -> 
     (tmp_path / "clients-00001.safetensors").write_bytes(b"short")
     with pytest.raises(RunError, match=r"client 1, loading: .*clients-00001.safetensors cannot be read"):
         runtime.load(tmp_path)
+
+
+def test_a_checkpoint_does_not_need_a_folder_that_all_machines_share(
+    runtime: RayRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor that does not find the mark hands over what it would have written, and is handed what it asks for."""
+    shared, alone, again = tmp_path / "shared", tmp_path / "alone", tmp_path / "again"
+    for folder in (shared, alone, again):
+        folder.mkdir()
+    runtime.save(shared)
+    with monkeypatch.context() as patch:
+        patch.setattr("actors.runtime.marked", lambda folder: nullcontext(folder / "no mark"))
+        runtime.save(alone)
+        runtime.train(1, [0, 1])
+        runtime.load(alone)
+    runtime.save(again)
+    files = {path.name: path.read_bytes() for path in shared.iterdir()}
+    assert set(files) == {"server.safetensors", "clients-00000.safetensors", "clients-00001.safetensors"}
+    for folder in (alone, again):
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    with pytest.raises(RunError, match=r"no such folder/\..* cannot be written: No such file or directory"):
+        runtime.save(tmp_path / "no such folder")
 
 
 def test_a_gpu_without_memory_for_a_batch_is_said_once_per_size(

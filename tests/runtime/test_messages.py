@@ -87,8 +87,10 @@ CLIENT_ACTOR_RETURNS = {
     "evaluate": "list[list[ClientEvaluation]]",
     "measure": "list[dict[str, float]]",
     "sum_tokens": "ConsistencySums",
-    "save": "None",
-    "load": "None",
+    # What an actor writes into the run's folder itself, unless its machine does not have that: to that folder alone.
+    "save": "dict[int, dict[str, Tensor]] | None",
+    "load": "bool",
+    "take": "None",
 }
 SERVER_ACTOR_TAKES = {
     "start": [],
@@ -100,6 +102,7 @@ SERVER_ACTOR_TAKES = {
     "finish_round": [],
     "save": ["Path"],
     "load": ["Path"],
+    "take": ["dict[str, Tensor]"],  # what it returned from `save`
 }
 
 
