@@ -36,7 +36,6 @@ class Shown:
         hidden: modalities that the data has of it and this client does not see.
         score: of the answer; None where nothing was scored.
         right: whether it is the answer that was held back.
-        known: whether another triple of the client has it as an answer.
     """
 
     label: str
@@ -45,7 +44,6 @@ class Shown:
     hidden: tuple[str, ...]
     score: float | None = None
     right: bool = False
-    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,6 @@ class _Question:
     rank: float
     answers: tuple[int, ...]
     scores: tuple[float, ...]
-    known: frozenset[int]
     num_pictures: int
 
 
@@ -113,6 +110,8 @@ def _ask(models: SavedModels, client: Client, album: "_Album") -> list[_Question
         scores = scores.cpu().masked_fill(outside, -torch.inf)
         rows, answers = filters.known(given, relation, inverse)
         ranks = filtered_ranks(scores, expected, rows, answers)
+        others = answers != expected[rows]
+        scores[rows[others], answers[others]] = -torch.inf
         best = scores.topk(min(NUM_ANSWERS, len(group.candidates)))
         for row in range(len(triples)):
             top = best.indices[row].tolist()
@@ -126,7 +125,6 @@ def _ask(models: SavedModels, client: Client, album: "_Album") -> list[_Question
                     rank=float(ranks[row]),
                     answers=tuple(top),
                     scores=tuple(best.values[row].tolist()),
-                    known=frozenset(answers[rows == row].tolist()),
                     num_pictures=sum(album.has_picture(entity) for entity in shown),
                 )
             )
@@ -168,7 +166,6 @@ class _Album:
                 self.entity(entity),
                 score=score,
                 right=entity == question.expected,
-                known=entity in question.known and entity != question.expected,
             )
             for entity, score in zip(question.answers, question.scores, strict=True)
             if np.isfinite(score)

@@ -1,6 +1,5 @@
 """The sections of a run's report for which its data and its saved models are needed."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -9,11 +8,11 @@ from typing import Any
 from fedsim.config import Config
 from fedsim.errors import FedSimError
 from fedsim.report.html_examples import Example, Shown, examples, has_pictures
-from fedsim.report.html_models import EmbeddingMap, MapPoint, SavedData, SavedModels
+from fedsim.report.html_models import MapPoint, SavedData, SavedModels
 from fedsim.report.html_models import availability as measure_availability
 from fedsim.report.html_models import embedding_map as make_map
 from fedsim.report.html_models import sampling_quality as measure_sampling
-from fedsim.report.html_page import Cell, Figure, Section, Table
+from fedsim.report.html_page import Cell, Section, Table
 from fedsim.report.plots_run import availability, embedding_map, sampling_quality
 from fedsim.run_folder import RunFolder
 
@@ -81,23 +80,22 @@ def _map(models: SavedModels) -> Section:
     found = make_map(models)
     if found is None:
         return Section("map", title, "There is no map: no two clients share entities, or the model imputes nothing.")
-    limits = {axis: _limits(found, axis) for axis in ("x", "y")}
     labels = models.data.graph.entity_labels
     num_entities = len({point.entity for point in found.after})
     text = (
         f"{num_entities} of {found.num_shared} entities that clients {_listed(found.clients)} share, by the tokens of "
-        f"the {found.view} model side by side. Before: missing tokens are zero. After: the imputer filled them. A line "
-        f"joins one entity at several clients; the shorter the lines, the more the clients mean the same. Both maps "
-        f"show the same plane: the two main directions of these entities after imputation, {found.variance:.0%} of their "
-        f"variance. Distances are to be read with care; the cosines below are those of all dimensions."
+        f"the {found.view} model side by side; shown are those that lack different tokens at each. Before: missing "
+        f"tokens are zero. After: the imputer filled them. A line joins one entity at several clients: the shorter the "
+        f"lines are for the size of the map, the more the clients mean the same by it. Each map shows the two "
+        f"directions in which its entities differ most; the cosines are those of all dimensions."
     )
-    change = f"{found.consistency['before']:.3f} before imputation, {found.consistency['after']:.3f} after it"
-    summary = f"Mean cosine between clients over all {found.num_shared} shared entities: {change}."
-    figures: list[Figure] = []
-    for key, heading, points in (("before", "Before imputation", found.before), ("after", "After", found.after)):
-        length = _mean_length(points)
-        own = f"{summary} Lines on this map have a mean length of {length:.3f}."
-        figures.append(embedding_map(f"map-{key}", heading, _rows(points, labels), limits, own))
+    figures = []
+    for key, heading, points in (("before", "Before imputation", found.before), ("after", "After it", found.after)):
+        summary = (
+            f"Mean cosine between clients {found.consistency[key]:.3f}, over {found.num_shared} shared entities. On "
+            f"this map an entity's points are {_spread(points):.2f} times as far apart as the entities are."
+        )
+        figures.append(embedding_map(f"map-{key}", heading, _rows(points, labels), summary))
     return Section("map", title, text, tuple(figures))
 
 
@@ -116,19 +114,16 @@ def _rows(points: Sequence[MapPoint], labels: Sequence[str]) -> list[dict[str, A
     ]
 
 
-def _limits(found: EmbeddingMap, axis: str) -> tuple[float, float]:
-    values = [getattr(point, axis) for point in (*found.before, *found.after)]
-    margin = 0.05 * (max(values) - min(values)) or 1.0
-    return min(values) - margin, max(values) + margin
-
-
-def _mean_length(points: Sequence[MapPoint]) -> float:
-    """Return the mean distance of an entity's points at clients that follow each other."""
+def _spread(points: Sequence[MapPoint]) -> float:
+    """Return how far an entity's points are from their mean, relative to how far the means are from theirs (RMS)."""
     places: dict[int, list[MapPoint]] = {}
     for point in points:
         places.setdefault(point.entity, []).append(point)
-    pairs = [pair for own in places.values() for pair in itertools.pairwise(own)]
-    return fmean(math.hypot(one.x - other.x, one.y - other.y) for one, other in pairs)
+    means = {entity: (fmean(p.x for p in own), fmean(p.y for p in own)) for entity, own in places.items()}
+    middle = fmean(x for x, _ in means.values()), fmean(y for _, y in means.values())
+    within = fmean(math.dist((point.x, point.y), means[point.entity]) ** 2 for point in points)
+    between = fmean(math.dist(mean, middle) ** 2 for mean in means.values())
+    return math.sqrt(within / between) if between else math.nan
 
 
 def _examples(models: SavedModels) -> Section:
@@ -139,27 +134,28 @@ def _examples(models: SavedModels) -> Section:
         return Section("examples", title, "The clients that were asked have no test triples.")
     text = (
         "Test questions of some clients, chosen to be looked at: right answers, near misses and failures, those with "
-        "pictures first. They say nothing of how often the models are right. Green is the answer held back; hidden "
-        "modalities are those that the data have of an entity and the client did not see."
+        'pictures first. They say nothing of how often the models are right. The answer held back is marked; "hidden" '
+        "names what the data have of an entity and the client did not see."
     )
     if not has_pictures(models):
         text += " The data set has no pictures on disk: labels and texts are shown."
     width = max(len(example.answers) for example in found)
-    header = ("question", "held back", "rank", *(f"answer {place}" for place in range(1, width + 1)))
+    header = ("question", "client", "held back", "rank", *(f"answer {place}" for place in range(1, width + 1)))
     rows = []
     for example in found:
         answers = [_answer(answer) for answer in example.answers]
         answers += [Cell("")] * (width - len(answers))
-        rows.append((_question(example), _entity(example.expected), Cell(f"{example.rank:g}"), *answers))
-    return Section("examples", title, text, (Table("examples", "Questions and answers", header, tuple(rows)),))
+        rank, client = Cell(f"{example.rank:g}"), Cell(str(example.client))
+        rows.append((_question(example), client, _entity(example.expected), rank, *answers))
+    note = "Ranks and answers are filtered: other right answers of the client's triples are left out."
+    return Section("examples", title, text, (Table("examples", "Questions and answers", header, tuple(rows), note),))
 
 
 def _question(example: Example) -> Cell:
     asked = f"(?, {example.relation}, {example.given.label})"
     if not example.inverse:
         asked = f"({example.given.label}, {example.relation}, ?)"
-    detail = f"client {example.client}. {_detail(example.given)}"
-    return Cell(asked, detail, picture=example.given.picture)
+    return Cell(asked, _detail(example.given), picture=example.given.picture)
 
 
 def _entity(shown: Shown) -> Cell:
@@ -167,13 +163,12 @@ def _entity(shown: Shown) -> Cell:
 
 
 def _answer(shown: Shown) -> Cell:
-    kind = "; the answer held back" if shown.right else "; another right answer" if shown.known else ""
-    hidden = f"; hidden: {', '.join(shown.hidden)}" if shown.hidden else ""
-    return Cell(shown.label, f"score {shown.score:.3f}{kind}{hidden}", picture=shown.picture, right=shown.right)
+    hidden = f"; {', '.join(shown.hidden)} hidden" if shown.hidden else ""
+    return Cell(shown.label, f"score {shown.score:.3f}{hidden}", picture=shown.picture, right=shown.right)
 
 
 def _detail(shown: Shown) -> str:
-    hidden = f"Hidden here: {', '.join(shown.hidden)}." if shown.hidden else ""
+    hidden = f"[{', '.join(shown.hidden)} hidden]" if shown.hidden else ""
     return " ".join(text for text in (shown.description, hidden) if text)
 
 

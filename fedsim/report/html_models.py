@@ -28,9 +28,9 @@ from fedsim.process import settle_process
 from fedsim.run_folder import RunFolder
 
 MAX_CLIENTS = 6  # whose models are looked at; of more clients, some at even distances
-MAX_MAPPED = 36  # entities on the map: more would hide each other
+MAX_MAPPED = 24  # entities on the map: more would hide each other
 SAMPLING_STEPS = (1, 2, 4, 8, 16)
-MAX_IMPUTED = 6000  # entities whose tokens are imputed with each of these: it takes a few seconds
+MAX_IMPUTED = 8000  # entities whose tokens are imputed with each of these: it takes a few seconds
 
 Floats = npt.NDArray[np.float64]
 
@@ -114,14 +114,15 @@ class MapPoint:
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Shared entities before and after imputation, in the plane of the two main directions.
+    """Shared entities at several clients, before imputation (missing tokens are zero) and after.
+
+    Each stage has its own plane: the two directions in which its entities, as means over clients, differ most.
 
     Attributes:
-        before: missing tokens are zero.
-        after: missing tokens are imputed.
-        consistency: mean cosine between clients, of ``before`` and ``after``.
+        before: the entities shown.
+        after: the same ones.
+        consistency: mean cosine between clients of all shared entities, of ``before`` and ``after``.
         num_shared: entities that the cosine is of.
-        variance: share of the variance that the plane shows.
         view: of the models.
         clients: that are compared.
     """
@@ -130,7 +131,6 @@ class EmbeddingMap:
     after: list[MapPoint]
     consistency: dict[str, float]
     num_shared: int
-    variance: float
     view: str
     clients: list[int]
 
@@ -203,62 +203,42 @@ def embedding_map(models: SavedModels) -> EmbeddingMap | None:
         tokens, available = client.complete_tokens(view, models.round_num)
         mine = torch.isin(client.entity_ids, shared)
         complete = tokens[:, mine]
-        stages = {"before": complete * available[:, mine].unsqueeze(-1), "after": complete}
-        samples.append(TokenSample(client.entity_ids[mine], stages, names))
+        tokens_of = {"before": complete * available[:, mine].unsqueeze(-1), "after": complete}
+        samples.append(TokenSample(client.entity_ids[mine], tokens_of, names))
         real.append(available[:, mine].numpy())
     cosines = semantic_consistency(sum_samples(samples, shared))
     shown = _entities_to_show(samples, real)
-    marked = [torch.isin(sample.entity_ids, torch.tensor(sorted(shown))) for sample in samples]
-    plane = _Plane.fit([_unit(sample.tokens["after"][:, mine]) for sample, mine in zip(samples, marked, strict=True)])
-    stages_shown = {}
+    stages = {}
     for stage in ("before", "after"):
-        stages_shown[stage] = [
-            MapPoint(
-                int(entity),
-                number,
-                float(place[0]),
-                float(place[1]),
-                tuple(name for name, there in zip(names, own[:, row], strict=True) if there),
-            )
+        points = [
+            (entity, number, row, tuple(name for name, there in zip(names, own[:, place], strict=True) if there))
             for number, sample, own in zip(numbers, samples, real, strict=True)
-            for row, (entity, place) in enumerate(
-                zip(sample.entity_ids.tolist(), plane.places(_unit(sample.tokens[stage])), strict=True)
+            for place, (entity, row) in enumerate(
+                zip(sample.entity_ids.tolist(), _unit(sample.tokens[stage]), strict=True)
             )
             if entity in shown
         ]
-    return EmbeddingMap(
-        **stages_shown,
-        consistency={stage: cosines[f"{stage}/total"] for stage in ("before", "after")},
-        num_shared=len(shared),
-        variance=plane.variance,
-        view=view,
-        clients=numbers,
-    )
+        places = _on_plane(np.stack([row for _, _, row, _ in points]), [entity for entity, *_ in points])
+        stages[stage] = [
+            MapPoint(entity, number, float(x), float(y), there)
+            for (entity, number, _, there), (x, y) in zip(points, places, strict=True)
+        ]
+    consistency = {stage: cosines[f"{stage}/total"] for stage in stages}
+    return EmbeddingMap(stages["before"], stages["after"], consistency, len(shared), view, numbers)
 
 
-@dataclass(frozen=True)
-class _Plane:
-    """The two main directions (PCA) of a cloud of points."""
-
-    centre: Floats
-    directions: Floats  # [width, 2]
-    variance: float
-
-    @classmethod
-    def fit(cls, parts: Sequence[Floats]) -> "_Plane":
-        """Fit to rows of several clients, each [num_rows, width]."""
-        rows = np.concatenate(parts)
-        centre = rows.mean(0)
-        values, vectors = np.linalg.eigh(np.cov(rows - centre, rowvar=False))  # increasing
-        directions = vectors[:, [-1, -2]]
-        # An eigenvector has no sign of its own: the largest entry is made positive, so that a report repeats.
-        directions = directions * np.sign(directions[np.abs(directions).argmax(0), [0, 1]])
-        total = float(values.clip(min=0).sum())
-        return cls(centre, directions, float(values[-2:].sum()) / total if total else 0.0)
-
-    def places(self, rows: Floats) -> Floats:
-        """Return where rows are on the plane, [num_rows, 2]."""
-        return np.asarray((rows - self.centre) @ self.directions)
+def _on_plane(rows: Floats, groups: Sequence[int]) -> Floats:
+    """Project rows [num_rows, width] on the plane in which the means of their groups differ most, [num_rows, 2]."""
+    order, place = np.unique(np.array(groups), return_inverse=True)
+    means = np.stack([rows[place == number].mean(0) for number in range(len(order))])
+    centre = means.mean(0)
+    _, _, directions = np.linalg.svd(means - centre, full_matrices=False)
+    main = np.zeros((2, rows.shape[1]))
+    main[: len(directions[:2])] = directions[:2]
+    # A direction has no sign of its own: the largest entry is made positive, so that a report repeats.
+    largest = main[[0, 1], np.abs(main).argmax(1)]
+    main *= np.where(largest < 0, -1.0, 1.0)[:, None]
+    return np.asarray((rows - centre) @ main.T)
 
 
 def _unit(tokens: torch.Tensor) -> Floats:

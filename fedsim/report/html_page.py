@@ -149,7 +149,7 @@ def plotting_library() -> str:
     """Return the scripts that draw the plots; the bundle is made by the package, without a network."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle(None)).replace("</script", "<\\/script")
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
 
 
 def as_script(value: Any) -> str:

@@ -14,7 +14,7 @@ PHASES = {
     "training": "training",
     "summing": "aggregation",
     "adding": "aggregation",
-    "distilling": "aggregation and distillation",
+    "distilling": "distillation",
     "evaluation": "evaluation",
     "measurement": "measurement",
     "saving": "checkpoint",

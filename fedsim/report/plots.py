@@ -18,6 +18,7 @@ COLOURS = (
 )
 ACCENT, ALARM = COLOURS[0], "#d1495b"
 INK = "currentColor"  # the page's, so that a plot is light or dark with it
+MAX_TICKS = 10
 MAX_LEGEND = 12  # of more clients than this a plot shows the spread instead of a line each
 
 _TEXT = {
@@ -44,7 +45,15 @@ THEME: Spec = {
         "labelOverlap": "greedy",
         "labelLimit": 130,
     },
-    "legend": {**_TEXT, "orient": "bottom", "columns": 3, "labelLimit": 150, "symbolStrokeWidth": 3, "title": None},
+    "legend": {
+        **_TEXT,
+        "orient": "bottom",
+        "columns": 3,
+        "labelFontSize": 12,
+        "labelLimit": 150,
+        "symbolStrokeWidth": 3,
+        "title": None,
+    },
     "range": {"category": list(COLOURS), "heatmap": {"scheme": "viridis"}, "ramp": {"scheme": "viridis"}},
     "line": {"strokeWidth": 2},
     "point": {"filled": True, "size": 45},
@@ -68,7 +77,9 @@ def spec(rows: Rows, *layers: Spec, height: int = 260, **more: Any) -> Spec:
 
 
 def number(field: str, title: str | None, **more: Any) -> Spec:
-    """Encode numbers."""
+    """Encode numbers: on an axis with few ticks, or as a colour if there is a legend."""
+    if "legend" not in more:
+        more.setdefault("axis", {"tickCount": 6})
     return {"field": field, "type": "quantitative", "title": title, **more}
 
 
@@ -79,8 +90,10 @@ def name(field: str, title: str | None, **more: Any) -> Spec:
 
 def rounds(num_rounds: int) -> Spec:
     """Encode the rounds of a run as the x axis."""
-    axis = {"format": "d", "tickMinStep": 1, "grid": False}
-    return number("round", "round", axis=axis, scale={"domain": [min(1, num_rounds), num_rounds], "nice": False})
+    step = -(-num_rounds // MAX_TICKS)
+    ticks = [1, *range(step, num_rounds + 1, step)] if step > 1 else list(range(1, num_rounds + 1))
+    axis = {"format": "d", "values": ticks, "grid": False}
+    return number("round", "round", axis=axis, scale={"domain": [1, num_rounds], "nice": False})
 
 
 def hover(**titles: str) -> list[Spec]:
@@ -88,14 +101,10 @@ def hover(**titles: str) -> list[Spec]:
     return [{"field": field, "title": title.replace("_", " ")} for field, title in titles.items()]
 
 
-def lines(
-    rows: Rows, x: Spec, y: Spec, color: Spec, tooltip: list[Spec], *, dash: Spec | None = None, height: int = 260
-) -> Spec:
+def lines(rows: Rows, x: Spec, y: Spec, color: Spec, tooltip: list[Spec]) -> Spec:
     """Draw a line with points per colour."""
     encoding: Spec = {"x": x, "y": y, "color": color, "tooltip": tooltip}
-    if dash is not None:
-        encoding["strokeDash"] = dash
-    return spec(rows, {"mark": {"type": "line", "point": True}, "encoding": encoding}, height=height)
+    return spec(rows, {"mark": {"type": "line", "point": True}, "encoding": encoding})
 
 
 def with_spread(rows: Rows, spread: Rows, total: Rows, x: Spec, title: str) -> Spec:
@@ -139,9 +148,8 @@ def stacked_bars(rows: Rows, x: Spec, y: Spec, color: Spec, tooltip: list[Spec],
 
 def heat_map(rows: Rows, x: Spec, y: Spec, title: str, tooltip: list[Spec], *, labels: bool) -> Spec:
     """Draw shares from 0 to 1 as colours; `labels` writes them into the cells."""
-    color = number(
-        "share", title, scale={"domain": [0, 1], "scheme": "blues"}, legend={"format": ".0%", "title": title}
-    )
+    legend = {"format": ".0%", "title": title, "values": [0, 0.5, 1]}
+    color = number("share", title, scale={"domain": [0, 1], "scheme": "blues"}, legend=legend)
     cells: Spec = {"mark": {"type": "rect"}, "encoding": {"color": color, "tooltip": tooltip}}
     layers = [cells]
     if labels:

@@ -61,7 +61,8 @@ def measure_by_round(
     plot = with_spread(rows, spread, totals, rounds(max(total)), title)
     note = f"Thick: all {len(by_client)} clients together. "
     note += "Bands: all clients, and the middle half of them." if many else "Thin: each client."
-    return Figure(key, f"{title} per round", plot, _course(title, by_client, total, best_is_high), note)
+    heading = f"{title[0].upper()}{title[1:]}"
+    return Figure(key, f"{heading} per round", plot, _course(heading, by_client, total, best_is_high), note)
 
 
 def _course(
@@ -179,7 +180,7 @@ def sampling_quality(
         used: the steps that the run imputed with.
         note: what stands below.
     """
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"steps": steps, "modality": modality, "imputer": imputer, "value": value}
         for steps, values in by_steps.items()
         for modality, own in values.items()
@@ -188,9 +189,23 @@ def sampling_quality(
     axis = {"values": list(by_steps), "format": "d", "grid": False}
     x = number("steps", "sampling steps", scale={"type": "log", "base": 2, "nice": False}, axis=axis)
     tooltip = hover(modality="modality", imputer="imputer", steps="steps", value=title)
-    y = number("value", title, scale={"zero": False})
-    plot = lines(rows, x, y, name("modality", None), tooltip, dash=name("imputer", None))
-    plot["encoding"]["opacity"] = {"condition": {"test": "datum.imputer == 'diffusion'", "value": 1}, "value": 0.65}
+    legend = {"symbolType": "stroke", "symbolSize": 300}
+    encoding: Spec = {"x": x, "y": number("value", title, scale={"zero": False}), "tooltip": tooltip}
+    encoding["color"] = name("modality", None, legend=legend)
+    imputers = list(dict.fromkeys(row["imputer"] for row in rows))
+    dashes = [[1, 0], [6, 3], [2, 2], [9, 3, 2, 3], [4, 6]]
+    scale = {"domain": imputers, "range": [dashes[number % len(dashes)] for number in range(len(imputers))]}
+    encoding["strokeDash"] = name("imputer", None, legend=legend, scale=scale)
+    own = "datum.imputer == 'diffusion'"
+    layers: list[Spec] = [
+        {"mark": {"type": "line"}, "encoding": encoding},
+        {
+            "mark": {"type": "point"},
+            "transform": [{"filter": own}],
+            "encoding": {key: value for key, value in encoding.items() if key != "strokeDash"},
+        },
+    ]
+    plot = spec(rows, *layers)
     low, high = min(by_steps), max(by_steps)
     parts = []
     for modality in by_steps[low]:
@@ -204,19 +219,18 @@ def sampling_quality(
     return Figure(f"sampling-{metric}", f"Imputation: {title} by sampling steps", plot, f"{'. '.join(parts)}.", note)
 
 
-def embedding_map(key: str, title: str, points: Rows, limits: Mapping[str, Sequence[float]], summary: str) -> Figure:
+def embedding_map(key: str, title: str, points: Rows, summary: str) -> Figure:
     """Plot shared entities at each client; a line joins what is the same entity.
 
     Args:
         key: of the figure.
         title: of the figure.
         points: x, y, client, order, id, entity (its label) and tokens (which are real) of each.
-        limits: ``x`` and ``y`` -> range of the axis, the same for both maps.
         summary: in words.
     """
     axis = {"labels": False, "ticks": False, "grid": False, "domain": False}
-    x = number("x", None, axis=axis, scale={"domain": list(limits["x"]), "nice": False})
-    y = number("y", None, axis=axis, scale={"domain": list(limits["y"]), "nice": False})
+    x = number("x", None, axis=axis, scale={"zero": False, "padding": 12})
+    y = number("y", None, axis=axis, scale={"zero": False, "padding": 12})
     joined: Spec = {
         "mark": {"type": "line", "color": INK, "opacity": 0.35, "strokeWidth": 1},
         "encoding": {"x": x, "y": y, "detail": {"field": "id"}, "order": {"field": "order"}},
