@@ -12,6 +12,7 @@ import click
 
 from fedsim.cli_options import ConfigCommand, config_options, current_overrides
 from fedsim.report.console import make_console, show_rows, shown_path
+from fedsim.report_commands import finish_with_report
 
 if TYPE_CHECKING:  # keeps torch out of `fedsim --help`
     from rich.console import Console
@@ -174,6 +175,8 @@ def _benchmark(plan: Plan, execute: Executor, tuned: Path | None, console: Conso
         soft_wrap=True,
         markup=False,
     )
+    if cells[0].config.report.html:
+        finish_with_report(plan.output)
     return all(outcome.result is not None for outcome in outcomes.values())
 
 
@@ -194,6 +197,8 @@ def _tune(plan: Plan, execute: Executor, tuned: Path | None, console: Console) -
     rows = [[recipe, method, str(settings)] for recipe, found in chosen.items() for method, settings in found.items()]
     show_rows("Chosen on validation", ["data", "method", "settings"], rows, console)
     console.print(f"Written: {shown_path(path)}; use it with --tuned {shown_path(path)}", soft_wrap=True, markup=False)
+    if cells[0].config.report.html:
+        finish_with_report(plan.output)
     return len(valid_mrr) == len(cells)
 
 

@@ -23,6 +23,7 @@ from fedsim.dashboard_commands import dashboard
 from fedsim.data_commands import data
 from fedsim.errors import FedSimError
 from fedsim.report.console import ConsoleObserver, make_console, show_candidates, show_result, shown_path
+from fedsim.report_commands import finish_with_report, report
 from fedsim.storage_commands import OUTPUT, RunPath, fetch, local_run, store
 
 if TYPE_CHECKING:
@@ -68,9 +69,10 @@ class _LoggedObserver(ConsoleObserver):
 
     folder: Path | None = None
     log: _RunLog | None = None
+    reports = False
 
     def run_started(self, info: RunInfo) -> None:
-        self.folder = info.folder
+        self.folder, self.reports = info.folder, info.config.report.html
         self.log = _RunLog(info.folder)
         logging.getLogger().addHandler(self.log)
         logger.info("starting with round %d of %d; %s", info.start_round, info.num_rounds, "; ".join(info.placement))
@@ -117,6 +119,7 @@ commands.add_command(dashboard)
 commands.add_command(benchmark_command(_run_on_ray))
 commands.add_command(fetch)
 commands.add_command(store)
+commands.add_command(report)
 
 
 @commands.command(cls=ConfigCommand)
@@ -251,6 +254,8 @@ def _observe(work: Callable[[_LoggedObserver], RunResult]) -> None:
             raise
         logger.info("finished; test MRR %.4f with the models of round %d", result.test.mrr, result.best_round)
     show_result(result, observer.console)
+    if observer.reports:
+        finish_with_report(result.folder)
 
 
 def _runtime_factory(config: Config) -> RuntimeFactory:

@@ -42,7 +42,7 @@ def _result(folder: Path) -> RunResult:
 def _info(folder: Path, start_round: int = 1) -> RunInfo:
     return RunInfo(
         folder=folder,
-        config=make_config(),
+        config=make_config({}, {"report.html": False}),
         placement=["3 client actors, dedicated", "3 fit into 2 CPUs at 0.5 each"],
         num_rounds=2,
         start_round=start_round,
