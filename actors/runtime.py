@@ -24,6 +24,7 @@ from actors.metrics import RunMetrics, WatchedTimeline
 from actors.placement import Batch, rebalance
 from actors.pool import PARTS, Held
 from actors.reservation import free_name, take_share
+from actors.scaling import await_nodes
 from actors.server import ServerActor, _ServerActor
 from actors.state_files import keep_clients, keep_server, marked
 from fedsim.checkpoint import load_clients, load_tensors, server_file
@@ -66,6 +67,7 @@ def ray_runtime(experiment: Experiment) -> Runtime:
     if started_here:
         runtime_config = experiment.config.runtime
         connect(runtime_config.address, dashboard=runtime_config.dashboard)
+        await_nodes(runtime_config)
     runtime = RayRuntime(experiment.config, shut_down=started_here)
     try:
         runtime.start(experiment)

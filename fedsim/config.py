@@ -165,9 +165,21 @@ class RuntimeConfig(Section):
     gpus_per_client: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="fraction of a GPU per client actor")
     torch_threads: Count = Field(1, description="torch threads per process; the last digits depend on it")
     address: str | None = Field(None, description="Ray cluster to join; null starts one on this machine")
+    nodes_wait_seconds: Weight = Field(
+        0.0, description="longest wait for a cluster that scales to have room for num_actors; 0 takes what is there"
+    )
     timeout_seconds: Positive = Field(1800.0, description="longest wait for one client's work")
     dashboard: bool = Field(True, description="start Ray's dashboard too, about 200 MB; a cluster joined has its own")
     scratch: str | None = Field(None, min_length=1, description="folder for idle clients' state; null: in memory")
+
+    @model_validator(mode="after")
+    def _waits_for_something(self) -> "RuntimeConfig":
+        if self.nodes_wait_seconds > 0 and (self.num_actors is None or self.address is None):
+            raise ValueError(
+                "runtime.nodes_wait_seconds waits for the nodes of a cluster (runtime.address) to have room for "
+                "runtime.num_actors: set both"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
