@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fedsim.config_types import Count, Positive, Rate, Section, StorageURI, Weight
+from fedsim.dp_config import DifferentialPrivacyConfig
 from fedsim.errors import ConfigError
 from fedsim.federation_config import CommunicationConfig, DistillationConfig, FederationConfig, ParticipationConfig
 from fedsim.imputer_config import ImputerConfig
@@ -208,6 +209,7 @@ class Config(Section):
     participation: ParticipationConfig = ParticipationConfig()
     distillation: DistillationConfig = DistillationConfig()
     communication: CommunicationConfig = CommunicationConfig()
+    privacy: DifferentialPrivacyConfig = DifferentialPrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

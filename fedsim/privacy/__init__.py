@@ -1,0 +1,1 @@
+"""What clients give away, and what is done about it."""
