@@ -25,6 +25,7 @@ from fedsim.errors import FedSimError
 from fedsim.report.console import ConsoleObserver, make_console, show_candidates, show_result, shown_path
 from fedsim.report_commands import finish_with_report, report
 from fedsim.storage_commands import OUTPUT, RunPath, fetch, local_run, store
+from fedsim.tune_commands import tune_command
 
 if TYPE_CHECKING:
     from fedsim.benchmark.execution import Outcomes
@@ -116,7 +117,31 @@ def _run_on_ray(cells: Sequence[Cell], **options: Any) -> Outcomes:
 
 commands.add_command(data)
 commands.add_command(dashboard)
+
+
+def _start_sweep(*args: Any) -> bool:
+    """Start a sweep."""
+    from tune.commands import start_sweep
+
+    return start_sweep(*args)
+
+
+def _resume_sweep(folder: Path, retry_failed: bool) -> bool:
+    """Continue a sweep."""
+    from tune.commands import resume_sweep
+
+    return resume_sweep(folder, retry_failed)
+
+
+def _search_spaces() -> list[list[str]]:
+    """List the search spaces that come with fedsim."""
+    from tune.commands import list_spaces
+
+    return list_spaces()
+
+
 commands.add_command(benchmark_command(_run_on_ray))
+commands.add_command(tune_command(_start_sweep, _resume_sweep, _search_spaces))
 commands.add_command(fetch)
 commands.add_command(store)
 commands.add_command(report)
