@@ -17,6 +17,7 @@ from fedsim.dp_config import DifferentialPrivacyConfig
 from fedsim.errors import ConfigError
 from fedsim.federation_config import CommunicationConfig, DistillationConfig, FederationConfig, ParticipationConfig
 from fedsim.imputer_config import ImputerConfig
+from fedsim.privacy_config import SecureAggregationConfig
 from fedsim.report_config import ReportConfig
 from fedsim.watching_config import WatchingConfig
 
@@ -210,6 +211,7 @@ class Config(Section):
     distillation: DistillationConfig = DistillationConfig()
     communication: CommunicationConfig = CommunicationConfig()
     privacy: DifferentialPrivacyConfig = DifferentialPrivacyConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -145,15 +145,19 @@ Message = Broadcast | ClientUpdate | ClientHello
 
 
 def message_bytes(message: Any) -> int:
-    """Count the bytes of all arrays and numbers in a message (numbers count 8)."""
+    """Count the bytes of all arrays and numbers in a message (numbers count 8, and so do the ids that are keys)."""
     if message is None:
         return 0
+    if isinstance(message, bytes):
+        return len(message)
+    if isinstance(message, tuple):
+        return sum(message_bytes(value) for value in message)
     if isinstance(message, Tensor):
         return message.numel() * message.element_size()
     if isinstance(message, np.ndarray):
         return message.nbytes
     if isinstance(message, dict):
-        return sum(message_bytes(value) for value in message.values())
+        return sum(message_bytes(value) + 8 * isinstance(key, int) for key, value in message.items())
     if isinstance(message, bool | int | float):
         return 8
     return sum(message_bytes(getattr(message, item.name)) for item in fields(message))
