@@ -35,6 +35,7 @@ from fedsim.federated.aggregation import PartialSums
 from fedsim.federated.batches import plan_batches, predicted_work, state_bytes
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
+from fedsim.federated.robust import placement_lines, sends_singly
 from fedsim.federated.runtime import (
     Experiment,
     Measurements,
@@ -107,7 +108,6 @@ class RayRuntime:
         """Place the actors, hand each client its data, and introduce the clients to the server; keep no data here."""
         pin_threads(self.config.runtime.torch_threads)  # the instruments' sums run here
         strategy = make_strategy(self.config)
-        federated = strategy.federated
         sizes = client_sizes(experiment)
         work = {
             batch: sum(predicted_work(self.config, sizes[client]) for client in batch)
@@ -117,14 +117,14 @@ class RayRuntime:
         scratch = None if folder is None else str(Path(folder).absolute())  # an actor may have another working folder
         in_memory = sizes.values() if scratch is None else []
         kept = sum(state_bytes(self.config, size, len(strategy.views)) for size in in_memory)
-        share = take_share(self.config.runtime, work, with_server=federated, state_bytes=kept)
+        share = take_share(self.config.runtime, work, with_server=strategy.federated, state_bytes=kept)
         plan = share.plan
         run = self._run_name(experiment.graph_name)
         per_client = len(sizes) < self.config.watching.per_client_below
         self.metrics = RunMetrics(run, self.config.federation.num_rounds, per_client=per_client)
         # An actor that dies has lost what its clients kept: it is not restarted, the run stops and says so.
         fixed = {"num_cpus": plan.num_cpus, "max_restarts": 0, "max_task_retries": 0}
-        if federated:
+        if strategy.federated:
             self.server_name = f"{run}/server"
             self.server = ServerActor.options(
                 name=self.server_name, scheduling_strategy=share.of_server(), **fixed
@@ -133,15 +133,15 @@ class RayRuntime:
             name = f"{run}/client-{group[0][0]:05d}" if plan.kind == "dedicated" else f"{run}/pool-{number}"
             where = share.of_client_actor(number)
             options = {"name": name, "num_gpus": plan.num_gpus, "scheduling_strategy": where, **fixed}
-            actor = ClientActor.options(**options).remote(name, self.config, scratch)
-            self.pool.append(Held(actor, name, group))
+            self.pool.append(Held(ClientActor.options(**options).remote(name, self.config, scratch), name, group))
         self._await_actors()
         num_nodes = len({held.node_id for held in self.pool})
-        self.sums_at_nodes = federated and (plan.kind == "pooled" or num_nodes > 1)
+        self.sums_at_nodes = not sends_singly(self.config) and (plan.kind == "pooled" or num_nodes > 1)
         machines = "on this machine" if self.config.runtime.address is None else f"on {num_nodes} node(s)"
         threads = f"{self.config.runtime.torch_threads} torch thread(s) each"
         largest = max(held.private_bytes for held in self.pool) / 1e6
-        self.placement = [*plan.lines, f"actors {run}/... {machines}, {threads}, {largest:.0f} MB before their clients"]
+        lines = [*plan.lines, *placement_lines(self.config)]
+        self.placement = [*lines, f"actors {run}/... {machines}, {threads}, {largest:.0f} MB before their clients"]
         self._hand_out(experiment)
 
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:

@@ -19,6 +19,7 @@ from fedsim.federation_config import CommunicationConfig, DistillationConfig, Fe
 from fedsim.imputer_config import ImputerConfig
 from fedsim.privacy_config import SecureAggregationConfig
 from fedsim.report_config import ReportConfig
+from fedsim.robustness_config import AdversaryConfig, RobustnessConfig
 from fedsim.watching_config import WatchingConfig
 
 
@@ -212,6 +213,8 @@ class Config(Section):
     communication: CommunicationConfig = CommunicationConfig()
     privacy: DifferentialPrivacyConfig = DifferentialPrivacyConfig()
     secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
+    robustness: RobustnessConfig = RobustnessConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

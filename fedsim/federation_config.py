@@ -14,6 +14,12 @@ class FederationConfig(Section):
     num_rounds: Count = Field(15, description="federation rounds")
     cohort_fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of clients sampled per round")
     cohort_size: Count | None = Field(None, description="number of clients sampled per round; null uses the fraction")
+    aggregator: str = Field(
+        "mean", description="mean, norm_clipping, median, trimmed_mean, krum, multi_krum or bulyan; see robustness"
+    )
+    max_failed_clients: Annotated[int, Field(ge=0)] = Field(
+        0, description="clients of a round whose update may be rejected; with more the run stops and names them"
+    )
     proximal_mu: Weight = Field(0.01, description="fedprox: mu of the pull to the model that the server sent")
     contrastive_weight: Weight = Field(0.1, description="fedec: weight of the contrastive term")
     contrastive_temperature: Positive = Field(0.2, description="fedec: temperature of the contrastive term")

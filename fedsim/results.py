@@ -153,6 +153,9 @@ def metric_rows(
     total |= {"phase_seconds": dict(seconds), "server_losses": result.server.losses if result.server else {}}
     losses = [report.losses["total"] for report in result.reports]
     total |= {"loss": float(np.mean(losses)) if losses else None, "num_trained": len(losses)}
+    if result.server is not None:
+        total["num_aggregated"] = result.server.num_updates
+        total["rejected"] = [asdict(rejection) for rejection in result.server.rejected]
     total["unix_seconds"] = time.time()
     if evaluations:
         total["valid"] = metrics_as_json(weighted_mean([item.metrics for item in evaluations]))

@@ -236,6 +236,7 @@ def run_rounds(
         if not cohort:
             observer.message(f"round {round_num} is skipped: too few clients, see participation.min_clients")
         result = runtime.train(round_num, cohort) if cohort else RoundResult([], None, {})
+        _tell_rejections(result, round_num, observer)
         started = time.perf_counter()
         is_last = round_num == num_rounds
         due = round_num % config.evaluation.every == 0 or is_last
@@ -260,6 +261,16 @@ def run_rounds(
             RoundSummary(round_num, rows[-1]["loss"], valid_mrr, progress.best_mrr, seconds, up, down)
         )
     return checkpoint
+
+
+def _tell_rejections(result: RoundResult, round_num: int, observer: Observer) -> None:
+    """Name the updates that were rejected, and a round that came to nothing by it."""
+    if result.server is None or not result.server.rejected:
+        return
+    for rejection in result.server.rejected:
+        observer.message(f"rejected ({rejection.reason}): {rejection.message}")
+    if not result.server.num_updates:
+        observer.message(f"round {round_num} is not aggregated: too few updates, see participation.min_clients")
 
 
 def _measure_if_due(config: Config, runtime: Runtime, round_num: int, seconds: dict[str, float]) -> Measurements | None:

@@ -8,14 +8,18 @@ bits. Secure aggregation needs this encoding too.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fedsim.errors import RunError
-from fedsim.federated.compression import check_rows, decode_message
-from fedsim.federated.messages import ClientUpdate, SentRows, SoftQueries, check_finite
-from fedsim.federation_config import CommunicationConfig
+from fedsim.federated.compression import decode_message
+from fedsim.federated.message_checks import Rejection, UpdateFormat, find_fault, find_oversized
+from fedsim.federated.messages import ClientUpdate, SentRows, SoftQueries
+from fedsim.federated.robust import CollectedModules, CollectedRows, make_aggregator
+from fedsim.models.parameters import Params
+from fedsim.robustness_config import RobustnessConfig
 
 FRACTION_BITS = 40
 SCALE = float(1 << FRACTION_BITS)
@@ -36,23 +40,6 @@ def range_limit(num_summands: int) -> float:
     return min(_LIMIT, 2.0 ** (63 - FRACTION_BITS) / max(num_summands, 1))
 
 
-def in_range(values: Tensor, limit: float = _LIMIT) -> bool:
-    """Return whether all values are finite and small enough to be summed exactly."""
-    if not values.numel():
-        return True
-    low, high = values.aminmax()  # a NaN becomes both
-    return bool((low > -limit) & (high < limit))
-
-
-def check_range(values: Tensor, name: str, limit: float = _LIMIT) -> None:
-    """Raise RunError if a value is not finite or too large to be summed exactly."""
-    if not in_range(values, limit):
-        largest = float(values.abs().max())
-        raise RunError(
-            f"'{name}' holds {largest}, beyond what can be summed ({limit:.0f}); lower training.learning_rate"
-        )
-
-
 def decode(total: Tensor, weight: Tensor) -> Tensor:
     """Turn a fixed-point sum and its weight (a count, or a fixed-point sum of weights) into a float32 mean."""
     return (total.double() / weight.double()).float()
@@ -71,7 +58,7 @@ class RowMean:
         self.counts = torch.zeros(num_rows, dtype=torch.int64)
 
     def add(self, rows: Tensor, values: Tensor) -> None:
-        """Add values [n, dim], checked by `in_range`, at distinct rows, int64 [n]."""
+        """Add values [n, dim], checked to be in range, at distinct rows, int64 [n]."""
         step = max(_CHUNK_VALUES // self.total.shape[1], 1)
         in_sequence = bool((rows[1:] - rows[:-1] == 1).all())
         for start in range(0, len(rows), step):
@@ -104,7 +91,7 @@ class ModuleMean:
         self.weight = torch.zeros((), dtype=torch.int64)
 
     def add(self, modules: Mapping[str, Tensor], share: float) -> None:
-        """Add one client's modules, checked by `in_range`, weighted by its share (0..1) of all training triples."""
+        """Add one client's modules, checked to be in range, weighted by its share (0..1) of all training triples."""
         weight = torch.tensor(share, dtype=torch.float64)
         encoded = {name: encode(value.double() * weight) for name, value in modules.items()}
         self.merge(encoded, (weight * SCALE).round().to(torch.int64))
@@ -126,21 +113,41 @@ class SumShape:
 
     Attributes:
         num_entities: size of the global id space.
-        dim: width of a row.
-        num_modalities: of which tokens are summed; 0 without prototypes.
-        num_clients: of the federation.
-        num_triples: training triples of all clients.
-        communication: precision and share of the rows that updates bring.
+        form: what an update looks like.
+        aggregator: what combines them, by name.
+        robustness: its parameters, and the bound on an update's size.
+        holds_updates: whether updates are compared before they are combined, and so held until the round ends.
+        max_failed_clients: clients of a round whose update may be rejected.
         keeps_rows: whether each client's rows are kept beside their sum.
     """
 
     num_entities: int
-    dim: int
-    num_modalities: int
-    num_clients: int
-    num_triples: int
-    communication: CommunicationConfig
+    form: UpdateFormat
+    aggregator: str
+    robustness: RobustnessConfig
+    holds_updates: bool
+    max_failed_clients: int
     keeps_rows: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Return the width of a row."""
+        return self.form.dim
+
+    @property
+    def num_modalities(self) -> int:
+        """Return the number of modalities whose tokens are summed; 0 without prototypes."""
+        return self.form.num_modalities
+
+    @property
+    def num_clients(self) -> int:
+        """Return the number of clients of the federation."""
+        return len(self.form.num_triples)
+
+    @cached_property
+    def num_triples(self) -> int:
+        """Return the number of training triples of all clients."""
+        return sum(self.form.num_triples.values())
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,7 @@ class PartialSums:
         soft_queries: client -> its soft queries, which are not summed.
         rows: client -> its rows, if the server keeps them; else empty.
         seconds: of checking and summing, of the slowest actor.
+        rejected: updates that were refused and are in no sum.
     """
 
     round_num: int
@@ -172,10 +180,13 @@ class PartialSums:
     soft_queries: dict[int, SoftQueries]
     rows: dict[int, SentRows]
     seconds: float
+    rejected: tuple[Rejection, ...] = ()
 
 
 class RoundSums:
     """All that is summed in a round; its memory does not grow with the cohort (but for soft queries and kept rows).
+
+    With a robust aggregator or a bound on sizes the updates themselves are held until `close`: then it does.
 
     Args:
         shape: of the federation.
@@ -185,12 +196,16 @@ class RoundSums:
 
     def __init__(self, shape: SumShape, round_num: int, ownership: Mapping[int, Tensor]) -> None:
         self.shape, self.round_num, self.ownership = shape, round_num, ownership
-        self.rows = RowMean(shape.num_entities, shape.dim)
-        self.modules = ModuleMean()
-        self.tokens = [RowMean(shape.num_entities, shape.dim) for _ in range(shape.num_modalities)]
+        self.limit = range_limit(shape.num_clients)
+        self.rows = self._table(shape.dim)
+        aggregator = make_aggregator(shape.aggregator, shape.robustness)
+        self.modules = ModuleMean() if aggregator is None else CollectedModules(aggregator)
+        self.tokens = [self._table(shape.form.token_dim) for _ in range(shape.num_modalities)]
         self.soft_queries: dict[int, SoftQueries] = {}
         self.kept: dict[int, SentRows] = {}
+        self.held: dict[int, ClientUpdate] = {}
         self.received: set[int] = set()
+        self.rejected: list[Rejection] = []
         self.own_seconds = self.merged_seconds = 0.0
 
     @property
@@ -199,15 +214,110 @@ class RoundSums:
         return self.own_seconds + self.merged_seconds
 
     def add(self, update: ClientUpdate) -> None:
-        """Add one client's update, in any order.
+        """Check one client's update and add it, in any order; one that does not belong is rejected and changes nothing.
 
         Raises:
-            RunError: if the update is of another round, of rows that the client does not own, came twice, or holds
-                a value that is not finite or too large. The sums are not touched then.
+            RunError: if more clients are rejected than may fail.
         """
         started = time.perf_counter()
+        fault = find_fault(update, self.shape.form, self.round_num, self.ownership, self.received, self.limit)
+        if fault is not None:
+            self._reject(fault)
+            return
         update = decode_message(update)
-        self._check(update)
+        self.received.add(update.client)
+        if self.shape.holds_updates:
+            self.held[update.client] = update
+        else:
+            self._sum(update)
+        self.own_seconds += time.perf_counter() - started
+
+    def close(self, entity: Tensor, modules: Params) -> None:
+        """Reject the held updates that change too much, and add the others in the order of their clients.
+
+        Args:
+            entity: the server's rows before this round.
+            modules: its modules.
+
+        Raises:
+            RunError: if more clients are rejected than may fail.
+        """
+        started = time.perf_counter()
+        ratio = self.shape.robustness.max_norm_ratio
+        if ratio is not None:
+            for fault in find_oversized(self.held, entity, modules, ratio, self.round_num):
+                assert fault.client is not None, "held updates name their clients"
+                del self.held[fault.client]
+                self.received.discard(fault.client)
+                self._reject(fault)
+        for client in sorted(self.held):
+            self._sum(self.held.pop(client))
+        self.own_seconds += time.perf_counter() - started
+
+    def merge(self, partial: PartialSums) -> None:
+        """Add the sums of several clients, checked update by update where they were made.
+
+        Raises:
+            RunError: if they are of another round, hold the update of a client that is there already, or are not of
+                the right form; or if more clients are rejected than may fail.
+        """
+        started = time.perf_counter()
+        if partial.round_num != self.round_num:
+            raise RunError(f"partial sums of round {partial.round_num} are stale, this is round {self.round_num}")
+        twice = self.received.intersection(partial.clients)
+        if twice:
+            raise RunError(f"client {min(twice)}, round {self.round_num}: a second update in the same round")
+        self._check_form(partial)
+        rows, modules, tokens = self._means()
+        rows.merge(partial.entity, partial.entity_counts)
+        modules.merge(partial.modules, partial.module_weight)
+        for mean, total, counts in zip(tokens, partial.tokens, partial.token_counts, strict=True):
+            mean.merge(total, counts)
+        self.soft_queries |= partial.soft_queries
+        self.kept |= partial.rows
+        self.received.update(partial.clients)
+        self.merged_seconds = max(self.merged_seconds, partial.seconds)
+        self.own_seconds += time.perf_counter() - started
+        for fault in partial.rejected:
+            self._reject(fault)
+
+    def partial(self) -> PartialSums:
+        """Return the sums as a message."""
+        rows, modules, means = self._means()
+        form, num_entities = self.shape.form, self.shape.num_entities
+        tokens = torch.zeros(form.num_modalities, num_entities, form.token_dim, dtype=torch.int64)
+        counts = torch.zeros(form.num_modalities, num_entities, dtype=torch.int64)
+        for index, mean in enumerate(means):
+            tokens[index], counts[index] = mean.total, mean.counts
+        return PartialSums(
+            self.round_num,
+            tuple(sorted(self.received)),
+            rows.total,
+            rows.counts,
+            modules.totals,
+            modules.weight,
+            tokens,
+            counts,
+            self.soft_queries,
+            self.kept,
+            self.seconds,
+            tuple(self.rejected),
+        )
+
+    def _table(self, dim: int) -> RowMean | CollectedRows:
+        aggregator = make_aggregator(self.shape.aggregator, self.shape.robustness)
+        num_rows = self.shape.num_entities
+        return RowMean(num_rows, dim) if aggregator is None else CollectedRows(aggregator, num_rows)
+
+    def _means(self) -> tuple[RowMean, ModuleMean, list[RowMean]]:
+        """Return the running means, which alone make partial sums."""
+        assert not self.shape.holds_updates, "updates that are held are sent one by one"
+        assert isinstance(self.rows, RowMean)
+        assert isinstance(self.modules, ModuleMean)
+        return self.rows, self.modules, [mean for mean in self.tokens if isinstance(mean, RowMean)]
+
+    def _sum(self, update: ClientUpdate) -> None:
+        """Add an update that was checked."""
         self.rows.add(update.entity_ids, update.entity)
         self.modules.add(update.modules, update.num_triples / self.shape.num_triples)
         if update.token_present is not None and update.tokens is not None:
@@ -220,70 +330,48 @@ class RoundSums:
             self.soft_queries[update.client] = update.soft_queries
         if self.shape.keeps_rows:
             self.kept[update.client] = SentRows(update.entity_ids, update.entity)
-        self.received.add(update.client)
-        self.own_seconds += time.perf_counter() - started
 
-    def merge(self, partial: PartialSums) -> None:
-        """Add the sums of several clients, checked update by update where they were made.
-
-        Raises:
-            RunError: if they are of another round, or hold the update of a client that is there already.
-        """
-        started = time.perf_counter()
-        if partial.round_num != self.round_num:
-            raise RunError(f"partial sums of round {partial.round_num} are stale, this is round {self.round_num}")
-        twice = self.received.intersection(partial.clients)
-        if twice:
-            raise RunError(f"client {min(twice)}, round {self.round_num}: a second update in the same round")
-        self.rows.merge(partial.entity, partial.entity_counts)
-        self.modules.merge(partial.modules, partial.module_weight)
-        for mean, total, counts in zip(self.tokens, partial.tokens, partial.token_counts, strict=True):
-            mean.merge(total, counts)
-        self.soft_queries |= partial.soft_queries
-        self.kept |= partial.rows
-        self.received.update(partial.clients)
-        self.merged_seconds = max(self.merged_seconds, partial.seconds)
-        self.own_seconds += time.perf_counter() - started
-
-    def partial(self) -> PartialSums:
-        """Return the sums as a message."""
-        shape = self.shape
-        tokens = torch.zeros(shape.num_modalities, shape.num_entities, shape.dim, dtype=torch.int64)
-        counts = torch.zeros(shape.num_modalities, shape.num_entities, dtype=torch.int64)
-        for index, mean in enumerate(self.tokens):
-            tokens[index], counts[index] = mean.total, mean.counts
-        return PartialSums(
-            self.round_num,
-            tuple(sorted(self.received)),
-            self.rows.total,
-            self.rows.counts,
-            self.modules.totals,
-            self.modules.weight,
-            tokens,
-            counts,
-            self.soft_queries,
-            self.kept,
-            self.seconds,
+    def _reject(self, fault: Rejection) -> None:
+        """Count and name an update that was refused; stop the run if too many clients failed."""
+        self.rejected.append(fault)
+        num_failed = len({item.client for item in self.rejected})
+        allowed = self.shape.max_failed_clients
+        if num_failed <= allowed:
+            return
+        if allowed == 0:
+            raise RunError(f"{fault.message}, or raise federation.max_failed_clients to go on without such updates")
+        raise RunError(
+            f"round {self.round_num}: updates of {num_failed} clients were rejected, more than "
+            f"federation.max_failed_clients {allowed}; the first: {self.rejected[0].message}"
         )
 
-    def _check(self, update: ClientUpdate) -> None:
-        """Refuse what does not belong into the sums, before any of it is added."""
-        who = f"client {update.client}, round {update.round_num}"
-        if update.round_num != self.round_num:
-            raise RunError(f"{who}: the update is stale, the server is in round {self.round_num}")
-        if update.client in self.received:
-            raise RunError(f"{who}: a second update in the same round")
-        if update.client not in self.ownership:
-            raise RunError(f"{who}: an update of a client that is not registered")
-        check_rows(self.shape.communication, update, self.ownership[update.client])
-        limit = range_limit(self.shape.num_clients)
-        parts = {"entity": update.entity, **update.modules}
-        if update.tokens is not None:
-            parts["tokens"] = update.tokens
-        if update.soft_queries is None and all(in_range(value, limit) for value in parts.values()):
-            return
-        bad = check_finite(update)
-        if bad is not None:
-            raise RunError(f"{who}: '{bad}' in the update is not finite; lower training.learning_rate")
-        for name, value in parts.items():
-            check_range(value, f"{who}: {name}", limit)
+    def _check_form(self, partial: PartialSums) -> None:
+        """Refuse partial sums that no checked updates can have made.
+
+        Raises:
+            RunError: naming the part.
+        """
+        form, num = self.shape.form, self.shape.num_entities
+        shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+            "entity": (partial.entity, (num, form.dim)),
+            "entity_counts": (partial.entity_counts, (num,)),
+            "module_weight": (partial.module_weight, ()),
+            "tokens": (partial.tokens, (form.num_modalities, num, form.token_dim)),
+            "token_counts": (partial.token_counts, (form.num_modalities, num)),
+        }
+        sent = form.modules if partial.clients else {}
+        shapes |= {f"modules.{name}": (value, sent.get(name, ())) for name, value in partial.modules.items()}
+        wrong = [name for name, (value, shape) in shapes.items() if (value.dtype, value.shape) != (torch.int64, shape)]
+        if partial.modules.keys() != sent.keys():
+            wrong.append("modules")
+        for name in ("entity_counts", "token_counts"):
+            counts = getattr(partial, name)
+            if (
+                name not in wrong
+                and counts.numel()
+                and not 0 <= int(counts.min()) <= int(counts.max()) <= len(partial.clients)
+            ):
+                wrong.append(name)
+        if wrong:
+            named = ", ".join(map(str, partial.clients))
+            raise RunError(f"round {self.round_num}: '{wrong[0]}' in the partial sums of clients {named} is malformed")

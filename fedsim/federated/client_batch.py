@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from fedsim.evaluation.consistency import ConsistencySums, TokenSample, sample_tokens, sum_samples
 from fedsim.evaluation.imputation import measure_imputation
+from fedsim.federated.attacks import Attack, Received, make_attack
 from fedsim.federated.client import Client, impute_together, train_together
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.shelf import Shelf
 from fedsim.federated.stacked_ranking import evaluate_together
+from fedsim.randomness import torch_generator
 
 
 def train_clients(
@@ -24,7 +27,24 @@ def train_clients(
         broadcast: what the server published, of which each client gets its part; None without federation.
     """
     sent = [None if broadcast is None else client.own_part(broadcast) for client in clients]
-    return train_together(clients, round_num, sent)
+    results = train_together(clients, round_num, sent)
+    attack = make_attack(clients[0].config)
+    if attack is None:
+        return results
+    attackers = clients[0].config.adversary.clients or ()
+    return [
+        (_craft(attack, client, own, update), report)
+        if client.data.client in attackers and own is not None and update is not None
+        else (update, report)
+        for client, own, (update, report) in zip(clients, sent, results, strict=True)
+    ]
+
+
+def _craft(attack: Attack, client: Client, own: Broadcast, update: ClientUpdate) -> ClientUpdate:
+    """Return what an attacker sends in place of its update."""
+    rows = torch.searchsorted(client.shared_ids, update.entity_ids)
+    generator = torch_generator(client.config.seed, "adversary", round_num=own.round_num, client=client.data.client)
+    return attack.craft(update, Received(own.entity[rows], own.modules), generator)
 
 
 def evaluate_clients(

@@ -16,12 +16,14 @@ from fedsim.data.dataset import load_dataset, resolve_dataset
 from fedsim.errors import ConfigError, RunError
 from fedsim.evaluation.consistency import semantic_consistency, shared_entities
 from fedsim.federated import STRATEGIES, Strategy
+from fedsim.federated.attacks import choose_attackers, poison_clients
 from fedsim.federated.batches import ClientSize, plan_batches
 from fedsim.federated.client import Client
 from fedsim.federated.client_batch import evaluate_clients, measure_clients, train_clients
 from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
+from fedsim.federated.robust import check_robustness, placement_lines
 from fedsim.federated.server import Server, ServerReport
 from fedsim.federated.shelf import Shelf
 from fedsim.federated.timeline import Timeline
@@ -127,6 +129,7 @@ RuntimeFactory = Callable[[Experiment], Runtime]
 def prepare(config: Config) -> Experiment:
     """Load the data set that the config names and divide it among clients."""
     strategy = make_strategy(config)
+    check_robustness(config, strategy)
     ClientModel(config, {})  # refuses unknown parts here, before any process starts
     graph = load_dataset(resolve_dataset(config.data.path))
     split = load_federated_split(graph, config)
@@ -137,6 +140,8 @@ def prepare(config: Config) -> Experiment:
             f"give at most {split.num_clients}"
         )
     clients = build_clients(graph, split, config, together=strategy.together)
+    config = choose_attackers(config, len(clients))
+    clients = poison_clients(clients, config)
     feature_dims = {name: item.dim for name, item in clients[0].features.items()}
     return Experiment(config, graph.name, graph.num_entities, feature_dims, clients, split.num_moved)
 
@@ -174,7 +179,8 @@ class InProcessRuntime:
         self.shelf = Shelf(config.runtime.scratch)
         self.batches = plan_batches(config, client_sizes(experiment))
         self.placement = [
-            f"{len(self.clients)} clients in this process, {config.runtime.torch_threads} torch thread(s)"
+            f"{len(self.clients)} clients in this process, {config.runtime.torch_threads} torch thread(s)",
+            *placement_lines(config),
         ]
         self.server: Server | None = None
         if strategy.federated:

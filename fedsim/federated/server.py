@@ -1,7 +1,7 @@
 """The server side: streaming aggregation and distillation (method.md eq. 3, 11 to 13)."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 from fedsim.config import Config
 from fedsim.errors import RunError
 from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
+from fedsim.federated.attacks import Colluders
+from fedsim.federated.message_checks import Rejection, UpdateFormat
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, PrototypeTable
+from fedsim.federated.robust import holds_updates
 from fedsim.federated.strategy import GlobalModel, Strategy
 from fedsim.models.client_model import ClientModel
 from fedsim.models.parameters import Params, select_view, with_prefix
@@ -23,15 +26,17 @@ class ServerReport:
 
     Attributes:
         losses: mean terms of the distillation.
-        num_updates: clients whose update is in the sum.
+        num_updates: clients whose update is in the new model; 0 if too few were left and it stays as it was.
         aggregate_seconds: of receiving and summing.
         distil_seconds: of the distillation.
+        rejected: updates that were refused, in the order of their clients.
     """
 
     losses: dict[str, float]
     num_updates: int
     aggregate_seconds: float
     distil_seconds: float
+    rejected: tuple[Rejection, ...] = ()
 
 
 class Server:
@@ -52,6 +57,7 @@ class Server:
         self.global_model = GlobalModel(entity, self.model.init_modules(generator), None)
         self.ownership: dict[int, Tensor] = {}
         self.num_triples: dict[int, int] = {}
+        self.colluders = Colluders(config)
         self.client_rows: dict[int, Tensor] = {}  # of each client's last round, if the strategy keeps them
         self._open_round(0)
 
@@ -69,7 +75,8 @@ class Server:
 
     def receive(self, update: ClientUpdate) -> None:
         """Add one client's update to the sums, in any order; see `RoundSums.add`."""
-        self.sums.add(update)
+        if not self.colluders.take(update):
+            self.sums.add(update)
 
     def merge(self, partial: PartialSums) -> None:
         """Add the sums of several clients, in any order; see `RoundSums.merge`.
@@ -85,10 +92,23 @@ class Server:
         self.sums.merge(partial)
 
     def finish_round(self) -> ServerReport:
-        """Turn the sums into the next global model and distil (eq. 3, 11, 12, 13)."""
+        """Turn the sums into the next global model and distil (eq. 3, 11, 12, 13).
+
+        Raises:
+            RunError: if updates were rejected and fewer are left than make a round, unless such rounds are skipped.
+        """
         started = time.perf_counter()
         old = self.global_model
         sums = self.sums
+        for forged in self.colluders.forge(old.entity, old.modules, len(self.num_triples)):
+            sums.add(forged)
+        sums.close(old.entity, old.modules)
+        rejected = tuple(
+            sorted(sums.rejected, key=lambda fault: (fault.client is None, fault.client or 0, fault.reason))
+        )
+        if self._too_few(sums, rejected):
+            self._open_round(sums.round_num + 1)
+            return ServerReport({}, 0, sums.seconds, 0.0, rejected)
         entity = sums.rows.result(old.entity)
         modules = sums.modules.result(old.modules)
         averaged = GlobalModel(entity, modules, self._prototypes())
@@ -98,7 +118,8 @@ class Server:
         queries = [sums.soft_queries[client] for client in sorted(sums.soft_queries)]
         generator = torch_generator(self.config.seed, "server", round_num=sums.round_num)
         self.global_model, losses = self.strategy.distil(self.model, averaged, queries, generator)
-        report = ServerReport(losses, len(sums.received), aggregate_seconds, time.perf_counter() - started)
+        distil_seconds = time.perf_counter() - started
+        report = ServerReport(losses, len(sums.received), aggregate_seconds, distil_seconds, rejected)
         self._open_round(sums.round_num + 1)
         return report
 
@@ -126,21 +147,43 @@ class Server:
     def sum_shape(self) -> SumShape:
         """Return what sums need to know, once all clients are registered."""
         num_entities, dim = self.global_model.entity.shape
-        prototyping = self.strategy.sends_prototypes and self.model.imputes
-        num_modalities = self.model.num_tokens - 1 if prototyping else 0
-        num_clients, num_triples = len(self.num_triples), sum(self.num_triples.values())
+        model, distillation = self.model, self.config.distillation
+        prototyping = self.strategy.sends_prototypes and model.imputes
+        soft_queries = (model.num_parts, distillation.num_soft_queries, distillation.num_candidates)
+        form = UpdateFormat(
+            dim,
+            model.dim,
+            model.num_tokens - 1 if prototyping else 0,
+            {name: tuple(value.shape) for name, value in self.global_model.modules.items()},
+            soft_queries if self.strategy.sends_soft_queries else None,
+            dict(self.num_triples),
+            self.config.communication,
+        )
+        federation = self.config.federation
         return SumShape(
             num_entities,
-            dim,
-            num_modalities,
-            num_clients,
-            num_triples,
-            self.config.communication,
+            form,
+            federation.aggregator,
+            self.config.robustness,
+            holds_updates(self.config),
+            federation.max_failed_clients,
             self.strategy.keeps_rows,
         )
 
     def _open_round(self, round_num: int) -> None:
         self.sums = RoundSums(self.sum_shape(), round_num, self.ownership)
+
+    def _too_few(self, sums: RoundSums, rejected: Sequence[Rejection]) -> bool:
+        """Tell whether rejections left too few updates for a round that is to be skipped; raise if it is not to be."""
+        settings = self.config.participation
+        if not rejected or len(sums.received) >= settings.min_clients:
+            return False
+        if settings.too_few == "skip":
+            return True
+        raise RunError(
+            f"round {sums.round_num}: {len(sums.received)} update(s) are left, fewer than participation.min_clients "
+            f"{settings.min_clients}, as {len(rejected)} were rejected; the first: {rejected[0].message}"
+        )
 
     def _keep_rows(self) -> None:
         """Take over the rows that clients sent; those a client has not sent yet (`top_k`) count as the server's."""

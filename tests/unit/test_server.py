@@ -32,6 +32,7 @@ def _server(**overrides: Any) -> Server:
 def _update(server: Server, client: int, value: float, **changes: Any) -> ClientUpdate:
     """A client's message in which every number is `value`; its second entity alone has a text token."""
     modules = {name: torch.full_like(tensor, value) for name, tensor in server.global_model.modules.items()}
+    sends_tokens = server.sum_shape().form.num_modalities > 0
     update = ClientUpdate(
         client,
         1,
@@ -39,8 +40,8 @@ def _update(server: Server, client: int, value: float, **changes: Any) -> Client
         torch.tensor(OWNED[client]),
         torch.full((2, 2), value),
         modules,
-        torch.tensor([[False, True]]),
-        torch.full((1, 2), value),
+        torch.tensor([[False, True]]) if sends_tokens else None,
+        torch.full((1, 2), value) if sends_tokens else None,
         None,
     )
     return replace(update, **changes)
