@@ -14,7 +14,9 @@
   const draw = async (name, spec) => {
     const place = document.getElementById(`plot-${name}`);
     try {
-      const { view } = await vegaEmbed(place, spec, options);
+      const stage = document.createElement("div"); // Vega gives it a role and a label of its own
+      place.append(stage);
+      const { view } = await vegaEmbed(stage, spec, options);
       place.dataset.drawn = "yes";
       const button = document.querySelector(`button[data-plot="${name}"]`);
       button.hidden = false;
