@@ -51,11 +51,12 @@ def await_nodes(config: RuntimeConfig) -> None:
 
 
 def _room(config: RuntimeConfig, nodes: Sequence[NodeResources]) -> int:
-    """Count the client actors that fit on the nodes, whoever else uses them."""
-    room = 0
+    """Count the client actors that fit on the nodes beside a server, whoever else uses them."""
+    room, spare = 0, False
     for node in nodes:
         slots = math.floor(node.cpus / config.cpus_per_actor + EPSILON)
+        actors = slots
         if config.gpus_per_client > 0:  # an actor's share lies on one GPU
-            slots = min(slots, int(node.gpus + EPSILON) * math.floor(1 / config.gpus_per_client + EPSILON))
-        room += slots
-    return room
+            actors = min(slots, int(node.gpus + EPSILON) * math.floor(1 / config.gpus_per_client + EPSILON))
+        room, spare = room + actors, spare or slots > actors
+    return max(room - int(not spare), 0)

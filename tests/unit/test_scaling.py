@@ -44,9 +44,16 @@ def test_nodes_are_asked_for_and_the_request_is_taken_back(asked: list[Any]) -> 
 
 @pytest.mark.parametrize("changes", [{"nodes_wait_seconds": 0}, {"gpus_per_client": 0.0}])
 def test_nothing_is_asked_for_without_need(asked: list[Any], changes: dict[str, Any]) -> None:
-    """Without GPUs the head's 8 CPUs carry 16 actors."""
+    """Without GPUs the head's 8 CPUs are enough."""
     await_nodes(_config(**changes))
     assert asked == []
+
+
+@pytest.mark.parametrize(("num_actors", "waits"), [(15, False), (16, True)])
+def test_the_server_has_its_share(asked: list[Any], num_actors: int, waits: bool) -> None:
+    """On 8 CPUs, half a CPU each: sixteen actors, one of them the server."""
+    await_nodes(_config(gpus_per_client=0.0, num_actors=num_actors))
+    assert bool(asked) == waits
 
 
 def test_nodes_that_do_not_come(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
