@@ -163,8 +163,8 @@ def make_plan(
         _check_population(plan)
     listed = _list_trials(plan)
     plan = replace(plan, listed=listed)
-    if listed is None:
-        for item, value in space.corners():
+    for item, value in space.corners():
+        if listed is None or item.kind != "choice":  # listed choices are checked together, below
             plan.config({item.name: value})
     for params in listed or ():
         plan.config(params)

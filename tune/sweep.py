@@ -36,8 +36,9 @@ from tune.watch import Watch
 
 LOCK_FILE = ".lock"
 TUNE_FOLDER = ".ray-tune"  # what Tune writes for itself; of no use afterwards
-# What Tune would do beyond running trials: log files per trial, another working folder, its own Ctrl-C.
+# What Tune would do beyond running trials: tables and log files of its own, another working folder, its own Ctrl-C.
 QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -117,6 +118,7 @@ def _run(
             search_alg=search,
             num_samples=num_samples,
             max_concurrent_trials=min(at_a_time, settings.concurrent or at_a_time),
+            reuse_actors=True,  # spares each trial a process that imports torch
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),

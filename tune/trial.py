@@ -5,7 +5,7 @@ another member's state. Whatever happened before, a trial looks at its run folde
 """
 
 import json
-import logging
+import os
 import shutil
 import tempfile
 import traceback
@@ -25,8 +25,6 @@ from fedsim.run_folder import RunFolder
 from tune.plan import SweepPlan, read_plan
 from tune.population import LAST, finish_fork, fork, forked_config, snapshot, weights_at
 
-logger = logging.getLogger(__name__)
-
 LOCK_SECONDS = 60.0  # the process of the same trial before may take a while to end
 CHECKPOINT_FILE = "member.json"
 
@@ -37,7 +35,9 @@ def run_trial(config: dict[str, Any]) -> None:
     Args:
         config: `sweep` is the sweep's folder, `trial` has the trial's `id`, which names its run folder, and `params`.
     """
-    logging.getLogger("fedsim").setLevel(logging.INFO)
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(
+        round(LOCK_SECONDS)
+    )  # for the actors to end, before the next trial
     plan = read_plan(Path(config["sweep"]))
     folder = plan.run_folder(config["trial"]["id"])
     failure = error_file(folder)

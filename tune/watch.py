@@ -13,6 +13,7 @@ from tune.plan import name_params
 from tune.records import FAILED, FINISHED, RUNNING, STOPPED, Records, Trial
 from tune.trial import error_file
 
+MAX_CHARACTERS = 300  # of a cause; the file has the rest
 WRITE_SECONDS = 5.0  # between two writes of sweep.json on account of rounds
 
 
@@ -83,5 +84,6 @@ class Watch(ray_tune.Callback):
         """Return what a trial said of its end; a process that was killed says nothing."""
         path = error_file(self.records.plan.run_folder(trial.config["trial"]["id"]))
         if path.is_file():
-            return f"{path.read_text(encoding='utf-8').splitlines()[0]} (traceback in {path})"
-        return "its process ended without a word (killed, or out of memory)"
+            line = path.read_text(encoding="utf-8").splitlines()[0]
+            return f"{line[:MAX_CHARACTERS]}{'...' if len(line) > MAX_CHARACTERS else ''} (see {path})"
+        return "its process ended without a word: killed, out of memory, or it could not start"
