@@ -175,7 +175,7 @@ def test_measuring_each_round_changes_no_number(dataset: Path, tmp_path: Path) -
 def test_a_folder_that_cannot_be_written_is_one_message(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small_config(dataset, tmp_path / "run", 2, watching__tensorboard=True)
+    config = small_config(dataset, tmp_path / "run", 2, watching__tensorboard=True, runtime__kind="in_process")
     with pytest.raises(Killed):
         simulation.run(config, observer=Killer(after=1))
     events = tmp_path / "run" / "tensorboard"
