@@ -13,6 +13,7 @@ from fedsim.evaluation.ranking import RankingMetrics, weighted_mean
 from fedsim.federated.participation import RoundPlan
 from fedsim.federated.reports import ClientEvaluation
 from fedsim.federated.runtime import Measurements, RoundResult
+from fedsim.privacy.accounting import PrivacySpent
 
 NEAR_BEST = 0.95  # share of the best validation MRR at which a run counts as converged
 
@@ -31,7 +32,10 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """One finished round, for the progress display; `seconds` is by phase, `loss` None if the round was skipped."""
+    """One finished round, for the progress display; `seconds` is by phase, `loss` None if the round was skipped.
+
+    `privacy` is what `PrivacySpent.as_json` makes; None without differential privacy.
+    """
 
     round_num: int
     loss: float | None
@@ -40,6 +44,7 @@ class RoundSummary:
     seconds: dict[str, float]
     bytes_up: int
     bytes_down: int
+    privacy: Mapping[str, Any] | None = None
 
 
 class Observer(Protocol):
@@ -110,7 +115,7 @@ class RunResult:
     """What a run ends with: test metrics of the round with the best validation MRR, costs and instruments.
 
     `num_rounds_to_95` counts the rounds until the validation MRR was 95 % of the best one; `participation` is None
-    unless it was simulated.
+    unless it was simulated, `privacy` without differential privacy.
     """
 
     folder: Path
@@ -125,6 +130,7 @@ class RunResult:
     imputation: dict[str, dict[str, float]]
     consistency: dict[str, float]
     participation: ParticipationTotals | None = None
+    privacy: PrivacySpent | None = None
 
 
 def metric_rows(
@@ -134,6 +140,7 @@ def metric_rows(
     seconds: Mapping[str, float],
     plan: RoundPlan | None = None,
     measured: Measurements | None = None,
+    privacy: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Make the rows of metrics.jsonl: one per client, and one for the round (client null)."""
     evaluated = {item.client: item for item in evaluations}
@@ -161,6 +168,8 @@ def metric_rows(
         total["valid"] = metrics_as_json(weighted_mean([item.metrics for item in evaluations]))
     if measured is not None:
         total |= {"imputation": imputation_table(measured), "consistency": measured.consistency}
+    if privacy is not None:
+        total["privacy"] = dict(privacy)
     if plan is not None:
         total["participation"] = {
             "virtual_seconds": plan.virtual_seconds,
@@ -229,6 +238,7 @@ def result_as_json(result: RunResult) -> dict[str, Any]:
         "imputation": result.imputation,
         "consistency": result.consistency,
         "participation": asdict(result.participation) if result.participation is not None else None,
+        "privacy": result.privacy.as_json() if result.privacy is not None else None,
     }
 
 

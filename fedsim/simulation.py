@@ -27,6 +27,7 @@ from fedsim.federated.runtime import (
     RuntimeFactory,
     prepare,
 )
+from fedsim.privacy.accounting import PrivacyLedger, check_resumed, make_ledger
 from fedsim.process import return_freed_memory
 from fedsim.randomness import numpy_generator
 from fedsim.results import (
@@ -57,6 +58,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    privacy: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,19 @@ class Plan:
         schedule: who takes part in which round, if that is simulated.
         client_sizes: of each client its id, entities, relations, and train, valid and test triples.
         num_moved: valid and test triples that the split moved to train.
+        ledger: what the rounds cost in privacy; None without differential privacy.
     """
 
     config: Config
     schedule: Schedule | None
     client_sizes: list[tuple[int, int, int, int, int, int]]
     num_moved: int
+    ledger: PrivacyLedger | None = None
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that are run at most: fewer than the config's if the privacy budget ends before."""
+        return self.config.federation.num_rounds if self.ledger is None else self.ledger.last_round
 
 
 Record = Callable[[Sequence[Mapping[str, Any]]], None]
@@ -129,6 +138,7 @@ def resume(
     with ExitStack() as last, closing(runtime):
         last.callback(folder.remove_half_written)
         if checkpoint is not None:
+            check_resumed(plan.ledger, progress.round_num, progress.privacy, path)
             runtime.load(checkpoint)
         return _run(plan, runtime, folder, progress, checkpoint, observer or SilentObserver())
 
@@ -146,13 +156,15 @@ def evaluate(path: Path, runtime_factory: RuntimeFactory = in_process_runtime) -
         if best != checkpoint:
             _verify_best(best)
         runtime.load(best)
-        return _finish(runtime, plan.schedule, folder, progress)
+        return _finish(runtime, plan, folder, progress)
 
 
 def _start(config: Config, runtime_factory: RuntimeFactory) -> tuple[Plan, Runtime]:
     """Read and divide the data, and start the runtime; the data is gone here once clients elsewhere have it."""
     experiment = prepare(config)
-    plan = Plan(config, make_schedule(experiment), _client_sizes(experiment), experiment.num_moved)
+    schedule, clients = make_schedule(experiment), [data.client for data in experiment.clients]
+    ledger = make_ledger(config, clients, lambda round_num: cohort_of(config, schedule, clients, round_num))
+    plan = Plan(config, schedule, _client_sizes(experiment), experiment.num_moved, ledger)
     return_freed_memory()  # what reading took
     runtime = runtime_factory(experiment)
     del experiment
@@ -165,12 +177,14 @@ def _run(
 ) -> RunResult:
     """Run the rounds that are left, and write the result."""
     config = plan.config
-    start, num_rounds = progress.round_num + 1, config.federation.num_rounds
+    start, num_rounds = progress.round_num + 1, plan.num_rounds
     observer.run_started(RunInfo(folder.path, config, runtime.placement, num_rounds, start, plan.client_sizes))
     if plan.num_moved:
         observer.message(
             f"{plan.num_moved} valid and test triples that their client could not learn moved to its train"
         )
+    if plan.ledger is not None:
+        observer.message(plan.ledger.start_message())
     folder.append_timeline("start", start, runtime.timeline.take())
     error: str | None = "interrupted"
     try:
@@ -182,7 +196,7 @@ def _run(
         if best != newest:  # the runtime holds the newest
             _verify_best(best)
             runtime.load(best)
-        result = _finish(runtime, plan.schedule, folder, progress)
+        result = _finish(runtime, plan, folder, progress)
         replace_text(folder.result_file, json.dumps(result_as_json(result), indent=1) + "\n")
         error = None
     except Exception as err:
@@ -226,16 +240,17 @@ def run_rounds(
     config = plan.config
     clients = [size[0] for size in plan.client_sizes]
     checkpoint: Path | None = None
-    num_rounds = config.federation.num_rounds
+    num_rounds = plan.num_rounds
     for round_num in range(progress.round_num + 1, num_rounds + 1):
         if _out_of_patience(config, progress):
             break
         observer.round_started(round_num)
         taking_part = plan.schedule.plan(round_num) if plan.schedule is not None else None
-        cohort = taking_part.cohort if taking_part else sample_cohort(config, clients, round_num)
-        if not cohort:
+        cohort = cohort_of(config, plan.schedule, clients, round_num)
+        takes_place = bool(cohort) or config.privacy.noise == "server"  # whose noise hides that nobody came
+        if not takes_place:
             observer.message(f"round {round_num} is skipped: too few clients, see participation.min_clients")
-        result = runtime.train(round_num, cohort) if cohort else RoundResult([], None, {})
+        result = runtime.train(round_num, cohort) if takes_place else RoundResult([], None, {})
         _tell_rejections(result, round_num, observer)
         started = time.perf_counter()
         is_last = round_num == num_rounds
@@ -246,7 +261,8 @@ def run_rounds(
         seconds = result.seconds | {"evaluate": time.perf_counter() - started}
         measured = _measure_if_due(config, runtime, round_num, seconds)
         is_best = _advance(progress, round_num, result, evaluations, seconds)
-        rows = metric_rows(round_num, result, evaluations, seconds, taking_part, measured)
+        progress.privacy = plan.ledger.spent(round_num).as_json() if plan.ledger is not None else None
+        rows = metric_rows(round_num, result, evaluations, seconds, taking_part, measured, progress.privacy)
         record(rows)
         started = time.perf_counter()
         if is_best or is_last or round_num % config.checkpoint.every == 0 or _out_of_patience(config, progress):
@@ -258,8 +274,10 @@ def run_rounds(
         folder.append_timeline("work", round_num, runtime.timeline.take())
         up, down = round_bytes(result)
         observer.round_finished(
-            RoundSummary(round_num, rows[-1]["loss"], valid_mrr, progress.best_mrr, seconds, up, down)
+            RoundSummary(round_num, rows[-1]["loss"], valid_mrr, progress.best_mrr, seconds, up, down, progress.privacy)
         )
+    if plan.ledger is not None and progress.round_num == num_rounds and (reason := plan.ledger.stop_message()):
+        observer.message(reason)
     return checkpoint
 
 
@@ -284,17 +302,29 @@ def _measure_if_due(config: Config, runtime: Runtime, round_num: int, seconds: d
     return measured
 
 
+def cohort_of(config: Config, schedule: Schedule | None, clients: Sequence[int], round_num: int) -> list[int]:
+    """Return the clients of a round, sorted."""
+    return schedule.plan(round_num).cohort if schedule is not None else sample_cohort(config, clients, round_num)
+
+
 def sample_cohort(config: Config, clients: Sequence[int], round_num: int) -> list[int]:
-    """Sample the clients of a round, sorted; a pure function of (seed, round)."""
+    """Sample the clients of a round, sorted; a pure function of (seed, round).
+
+    With differential privacy at the server each client joins on its own (Poisson sampling), as its accountant assumes.
+    """
+    if config.privacy.noise == "server":
+        rate = config.federation.cohort_fraction
+        draws = (numpy_generator(config.seed, "cohort/poisson", round_num=round_num, client=who) for who in clients)
+        return sorted(who for who, draw in zip(clients, draws, strict=True) if draw.random() < rate)
     size = cohort_size(config.federation, len(clients))
     picked = numpy_generator(config.seed, "cohort", round_num=round_num).choice(len(clients), size, replace=False)
     return sorted(clients[int(index)] for index in picked)
 
 
-def _finish(runtime: Runtime, schedule: Schedule | None, folder: RunFolder, progress: Progress) -> RunResult:
+def _finish(runtime: Runtime, plan: Plan, folder: RunFolder, progress: Progress) -> RunResult:
     """Rank the test triples with the models of the round with the best validation MRR, which the runtime holds."""
     started = time.perf_counter()
-    best_round = progress.best_round
+    schedule, best_round = plan.schedule, progress.best_round
     assert best_round is not None, "the last round is validated"
     assert progress.best_mrr is not None, "a best round has a metric"
     tests = runtime.evaluate("test", best_round, choose=False)
@@ -317,6 +347,7 @@ def _finish(runtime: Runtime, schedule: Schedule | None, folder: RunFolder, prog
         imputation=imputation_table(measured),
         consistency=measured.consistency,
         participation=participation_totals(schedule.rounds[: progress.round_num]) if schedule is not None else None,
+        privacy=plan.ledger.spent(progress.round_num) if plan.ledger is not None else None,
     )
 
 

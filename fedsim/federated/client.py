@@ -13,7 +13,7 @@ from fedsim.errors import FedSimError, RunError
 from fedsim.evaluation.ranking import FilterIndex, RankingMetrics, rank_triples, summarise, weighted_mean
 from fedsim.federated.anchors import Anchors
 from fedsim.federated.combination import combined_scores
-from fedsim.federated.compression import Exchange
+from fedsim.federated.compression import Exchange, decode_message
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, message_bytes
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.strategy import Strategy
@@ -23,6 +23,7 @@ from fedsim.models.imputers import Imputation
 from fedsim.models.optimizers import reset_state
 from fedsim.models.parameters import Params, select_view, with_prefix
 from fedsim.models.training import train_epochs
+from fedsim.privacy.differential_privacy import privatise
 from fedsim.randomness import torch_generator
 
 
@@ -63,9 +64,14 @@ class Client:
         if not strategy.federated or strategy.shares != "entity":
             self._init_view(strategy.views[0])
 
+    @property
+    def num_triples(self) -> int:
+        """What the server is told of the training triples, the weight of the modules; 1 with differential privacy."""
+        return 1 if self.config.privacy.enabled else len(self.data.train)
+
     def hello(self) -> ClientHello:
         """Say which entities (or relations, if those are shared) this client owns."""
-        return ClientHello(self.data.client, self.shared_ids, len(self.data.train))
+        return ClientHello(self.data.client, self.shared_ids, self.num_triples)
 
     def own_part(self, broadcast: Broadcast) -> Broadcast:
         """Cut out of what the server published what this client is sent."""
@@ -254,8 +260,13 @@ class Client:
         elif reset == "global":
             reset_state(self.values.optimizer, self.strategy.is_shared)
 
-    def update(self, round_num: int) -> ClientUpdate:
-        """Assemble the message to the server: the global copy, with the averaged denoiser, and the extras."""
+    def update(self, round_num: int, received: Broadcast) -> ClientUpdate:
+        """Assemble the message to the server: the global copy, with the averaged denoiser, and the extras.
+
+        Args:
+            round_num: the round, from 1.
+            received: what the client was sent, the start of what it changed.
+        """
         extras = self.strategy.extras(
             self.model,
             self.values,
@@ -267,19 +278,21 @@ class Client:
         modules = {name: value.cpu().clone() for name, value in self._view("global").items() if name != "entity"}
         rows = self.strategy.shared_rows(self.values.params)
         assert rows is not None, "a client that trained has rows"
-        return self.exchange.upload(
-            ClientUpdate(
-                self.data.client,
-                round_num,
-                len(self.data.train),
-                self.shared_ids,
-                rows.cpu().clone(memory_format=torch.contiguous_format),
-                modules,
-                extras.token_present.cpu() if extras.token_present is not None else None,
-                extras.tokens.cpu() if extras.tokens is not None else None,
-                extras.soft_queries,
-            )
+        update = ClientUpdate(
+            self.data.client,
+            round_num,
+            self.num_triples,
+            self.shared_ids,
+            rows.cpu().clone(memory_format=torch.contiguous_format),
+            modules,
+            extras.token_present.cpu() if extras.token_present is not None else None,
+            extras.tokens.cpu() if extras.tokens is not None else None,
+            extras.soft_queries,
         )
+        if self.config.privacy.enabled:
+            noise = self._generator("dp", round_num)
+            update = privatise(update, decode_message(received), self.config.privacy, noise)
+        return self.exchange.upload(update)
 
     def imputation(self, view: str, round_num: int) -> Imputation | None:
         """Fill a view's missing tokens after a round's training; sampled once and kept until the values change."""
@@ -330,7 +343,9 @@ def train_together(
     updates: list[ClientUpdate | None] = [None] * len(clients)
     if broadcasts[0] is not None:
         impute_together(clients, round_num)
-        updates = [client.update(round_num) for client in clients]
+        for index, (client, sent) in enumerate(zip(clients, broadcasts, strict=True)):
+            assert sent is not None, "all clients of a batch are federated, or none"
+            updates[index] = client.update(round_num, sent)
     seconds = (time.perf_counter() - started) / sum(len(client.triples) for client in clients)
     return [
         (

@@ -99,7 +99,12 @@ class MMFeD3(FedLU):
             asked[view] = torch.where(inverse.to(head.device)[None, :, None], sides[1], sides[0])
         scores = model.scores(asked["local"], tables["local"])
         num_candidates = min(config.num_candidates, scores.shape[1])
-        top, candidates = scores.topk(num_candidates, 1)
+        if self.config.privacy.enabled:  # the best ones would tell of the private model, which noise cannot hide
+            drawn = torch.rand(scores.shape, generator=generator).topk(num_candidates, 1).indices
+            candidates = drawn.to(scores.device)
+            top = scores.gather(1, candidates)
+        else:
+            top, candidates = scores.topk(num_candidates, 1)
         return SoftQueries(
             asked["global"].cpu(),
             entity_ids[candidates.cpu()],

@@ -28,6 +28,7 @@ from fedsim.federated.server import Server, ServerReport
 from fedsim.federated.shelf import Shelf
 from fedsim.federated.timeline import Timeline
 from fedsim.models.client_model import ClientModel, pick
+from fedsim.privacy.differential_privacy import check_privacy
 from fedsim.process import settle_process
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ def prepare(config: Config) -> Experiment:
     """Load the data set that the config names and divide it among clients."""
     strategy = make_strategy(config)
     check_robustness(config, strategy)
+    check_privacy(config, strategy)
     ClientModel(config, {})  # refuses unknown parts here, before any process starts
     graph = load_dataset(resolve_dataset(config.data.path))
     split = load_federated_split(graph, config)

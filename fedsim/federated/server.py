@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.errors import RunError
-from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
+from fedsim.federated.aggregation import ModuleMean, PartialSums, RoundSums, RowMean, SumShape
 from fedsim.federated.attacks import Colluders
 from fedsim.federated.message_checks import Rejection, UpdateFormat
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate, PrototypeTable
@@ -17,6 +17,7 @@ from fedsim.federated.robust import holds_updates
 from fedsim.federated.strategy import GlobalModel, Strategy
 from fedsim.models.client_model import ClientModel
 from fedsim.models.parameters import Params, select_view, with_prefix
+from fedsim.privacy.differential_privacy import noised_model
 from fedsim.randomness import torch_generator
 
 
@@ -109,8 +110,7 @@ class Server:
         if self._too_few(sums, rejected):
             self._open_round(sums.round_num + 1)
             return ServerReport({}, 0, sums.seconds, 0.0, rejected)
-        entity = sums.rows.result(old.entity)
-        modules = sums.modules.result(old.modules)
+        entity, modules = self._combine(sums)
         averaged = GlobalModel(entity, modules, self._prototypes())
         self._keep_rows()
         aggregate_seconds = sums.seconds + time.perf_counter() - started
@@ -184,6 +184,16 @@ class Server:
             f"round {sums.round_num}: {len(sums.received)} update(s) are left, fewer than participation.min_clients "
             f"{settings.min_clients}, as {len(rejected)} were rejected; the first: {rejected[0].message}"
         )
+
+    def _combine(self, sums: RoundSums) -> tuple[Tensor, Params]:
+        """Make rows and modules of the round's sums, with the server's noise if it is to add some."""
+        old = self.global_model
+        if self.config.privacy.noise != "server":
+            return sums.rows.result(old.entity), sums.modules.result(old.modules)
+        assert isinstance(sums.rows, RowMean), "robust aggregation is refused"
+        assert isinstance(sums.modules, ModuleMean), "robust aggregation is refused"
+        generator = torch_generator(self.config.seed, "dp", round_num=sums.round_num)
+        return noised_model(self.config, sums.rows, sums.modules, old, self.ownership, generator)
 
     def _keep_rows(self) -> None:
         """Take over the rows that clients sent; those a client has not sent yet (`top_k`) count as the server's."""

@@ -75,6 +75,8 @@ class ConsoleObserver:
         scores = (
             f"loss {_number(summary.loss)}  valid MRR {_number(summary.valid_mrr)}  best {_number(summary.best_mrr)}"
         )
+        if summary.privacy is not None:
+            scores += f"  epsilon {summary.privacy['epsilon']:.4g}"
         if self._progress is not None:
             self._progress.update(self._task, completed=summary.round_num, description=scores)
             return
@@ -118,6 +120,8 @@ def show_result(result: RunResult, console: Console) -> None:
             f"{clock.num_skipped} round(s) skipped",
             highlight=False,
         )
+    if result.privacy is not None:
+        console.print(f"Privacy: {result.privacy.describe()}", soft_wrap=True, highlight=False)
     console.print(
         f"Bytes: {format_bytes(result.bytes_up)} up, {format_bytes(result.bytes_down)} down\n"
         f"Validation MRR: 95 % of the best one after {result.num_rounds_to_95} round(s)\n"

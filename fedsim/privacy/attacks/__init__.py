@@ -1,0 +1,1 @@
+"""Attacks on privacy, to measure what a federation leaks (docs/privacy.md); no run uses them."""
