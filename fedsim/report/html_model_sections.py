@@ -84,7 +84,7 @@ def _map(models: SavedModels) -> Section:
     num_entities = len({point.entity for point in found.after})
     text = (
         f"{num_entities} of {found.num_shared} entities that clients {_listed(found.clients)} share, by the tokens of "
-        f"the {found.view} model side by side; shown are those that lack different tokens at each. Before: missing "
+        f"the {found.view} model side by side; shown are those whose missing tokens differ. Before: missing "
         f"tokens are zero. After: the imputer filled them. A line joins one entity at several clients: the shorter the "
         f"lines are for the size of the map, the more the clients mean the same by it. Each map shows the two "
         f"directions in which its entities differ most; the cosines are those of all dimensions."

@@ -36,8 +36,8 @@ const report = () => {
     drawn: plots.filter((plot) => plot.dataset.drawn === "yes").length,
     plots: plots.length,
     empty: plots.filter((plot) => !plot.querySelector("svg .mark-group :is(path, text)")).map((plot) => plot.id),
-    cut: plots.filter((plot) => plot.querySelector("svg").getBoundingClientRect().width > plot.clientWidth + 1)
-      .map((plot) => plot.id),
+    cut: plots.filter((plot) => [plot.querySelector("svg"), ...plot.querySelectorAll("svg text")].some((item) =>
+      item.getBoundingClientRect().right > plot.getBoundingClientRect().right + 1)).map((plot) => plot.id),
     unnamed: plots.filter((plot) => plot.getAttribute("role") !== "img" || !plot.getAttribute("aria-label")).length,
     scrolls: document.documentElement.scrollWidth > innerWidth + 1,
     wide: wide.map((item) => item.outerHTML.slice(0, 80)),

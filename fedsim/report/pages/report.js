@@ -2,6 +2,11 @@
 (() => {
   const { theme, plots } = JSON.parse(document.getElementById("plots").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
+  // Legends below a narrow plot stand one below the other, else the page would cut them off.
+  if (window.innerWidth < 600) {
+    theme.legend.columns = 2;
+    theme.legend.layout = { bottom: { direction: "vertical", anchor: "start" } };
+  }
   const options = {
     actions: false,
     config: theme,
