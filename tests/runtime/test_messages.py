@@ -29,6 +29,7 @@ from fedsim.federated import STRATEGIES
 from fedsim.federated.aggregation import PartialSums, encode
 from fedsim.federated.client import Client
 from fedsim.federated.client_batch import train_clients
+from fedsim.federated.message_checks import Rejection
 from fedsim.federated.messages import ClientHello, ClientUpdate, SentRows, SoftQueries
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import Experiment, InProcessRuntime, prepare
@@ -70,7 +71,9 @@ FIELDS: dict[type, dict[str, str]] = {
         "soft_queries": "dict[int, SoftQueries]",
         "rows": "dict[int, SentRows]",
         "seconds": "float",
+        "rejected": "tuple[Rejection, ...]",
     },
+    Rejection: {"client": "int | None", "round_num": "int", "reason": "Reason", "message": "str"},
     ConsistencySums: {"owners": "Tensor", "units": "dict[str, Tensor]", "squares": "dict[str, Tensor]"},
 }
 CLIENT_ACTOR_RETURNS = {

@@ -3,7 +3,8 @@
 Source: El Mhamdi, Guerraoui and Rouault, "The Hidden Vulnerability of Distributed Learning in Byzantium", ICML 2018.
 With n senders of which f attack: Krum's choice is taken out and kept, again and again, until n - 2 f are kept; then of
 each number the n - 4 f kept values nearest to their median are averaged. Needs n >= 4 f + 3; fewer are combined by
-Multi-Krum. As fewer are left, Krum's score counts (number left) - f - 2 nearest others, at least one.
+Multi-Krum. As fewer are left, Krum's score counts (number left) - f - 2 nearest others, at least two (our choice: by a
+single one, the two that are nearest to each other always tie).
 """
 
 import torch
@@ -38,7 +39,7 @@ def _select(distances: Tensor, num_attackers: int) -> Tensor:
     num = distances.shape[1]
     gone = torch.zeros(distances.shape[:2], dtype=torch.bool)  # [num_rows, num_senders]
     for num_left in range(num, 2 * num_attackers, -1):
-        num_near = min(max(num_left - num_attackers - 2, 1), num_left - 1)
+        num_near = min(max(num_left - num_attackers - 2, 2), num_left - 1)
         scores = nearest_sums(distances.masked_fill(gone.unsqueeze(1), torch.inf), num_near)
         best = scores.masked_fill(gone, torch.inf).argmin(1, keepdim=True)
         gone = gone.scatter(1, best, True)

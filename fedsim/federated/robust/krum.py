@@ -3,8 +3,8 @@
 Source: Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017. With
 n senders of which f attack, the score of a row is the sum of its squared distances to its n - f - 2 nearest others.
 Krum takes the row with the lowest score; of equal ones the sender with the lowest id. Multi-Krum averages the n - f
-rows with the lowest scores (the number is our choice). Both need n >= 2 f + 3 senders; fewer are combined by the
-trimmed mean.
+rows with the lowest scores (the number is our choice). Both need n >= 2 f + 3 senders, at least 4 (of three and with f
+= 0 the two that are nearest to each other always tie); fewer are combined by the trimmed mean.
 
 A row here is one entity's, or all shared modules of a client as one vector.
 """
@@ -22,8 +22,8 @@ class Krum(Aggregator):
     fallback = TrimmedMean
 
     def num_needed(self, num_attackers: int) -> int:
-        """Return 2 f + 3."""
-        return 2 * num_attackers + 3
+        """Return 2 f + 3, at least 4."""
+        return max(2 * num_attackers + 3, 4)
 
     def combine(self, values: Tensor, reference: Tensor, weights: Tensor, num_attackers: int) -> Tensor:
         """Take the row with the lowest score."""
