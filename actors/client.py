@@ -27,6 +27,16 @@ from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import client_device, make_client
 from fedsim.federated.shelf import Shelf
 from fedsim.models.parameters import Params
+from fedsim.privacy.secure_aggregation.clients import SecureClients
+from fedsim.privacy.secure_aggregation.messages import (
+    EncryptedShares,
+    KeyAdvertisement,
+    RevealedShares,
+    Roster,
+    ShareDelivery,
+    UnmaskRequest,
+)
+from fedsim.privacy.secure_aggregation.sums import MaskedSums, PartialMaskedSums
 from fedsim.process import collect_garbage, return_freed_memory, set_aside_imports, settle_process
 
 
@@ -49,6 +59,8 @@ class _ClientActor:
         self.consistency: ConsistencySums | None = None
         self.shape: SumShape | None = None
         self.sums: RoundSums | None = None
+        self.secure = SecureClients(config.secure_aggregation)
+        self.masked: MaskedSums | None = None
         share_tensors()
         settle_process(config.runtime.torch_threads)
         set_aside_imports()
@@ -107,23 +119,53 @@ class _ClientActor:
         self, clients: Sequence[int], round_num: int, broadcast: Broadcast
     ) -> tuple[list[ClientReport], int]:
         """Forward to `train_clients`; the updates stay here as sums, see `sum_up`."""
-        reports = []
+        results = self._train(clients, round_num, broadcast)
+        at_once = self.part_size.most or len(clients)
+        if self.secure.config.enabled:
+            assert self.shape is not None, "clients join before they train"
+            masked_sums = self._masked_sums(round_num)
+            masked = self.secure.mask(results, self.shape, broadcast)
+            for sealed, _ in masked:
+                masked_sums.add(sealed)
+            return [report for _, report in masked], at_once
         sums = self._sums(round_num)
-        for update, report in self._train(clients, round_num, broadcast):
+        for update, _ in results:
             assert update is not None, "a client that got a broadcast answers it"
             sums.add(update)
-            reports.append(report)
-        return reports, self.part_size.most or len(clients)
+        return [report for _, report in results], at_once
 
     @ray.method(num_returns=2)
-    def sum_up(self, round_num: int, *others: PartialSums) -> tuple[PartialSums, int]:
+    def sum_up(
+        self, round_num: int, *others: PartialSums | PartialMaskedSums
+    ) -> tuple[PartialSums | PartialMaskedSums, int]:
         """Return the round's sums with those of other actors of the node, and the number of updates in them."""
-        sums = self._sums(round_num)
+        # All of a round are masked, or none.
+        sums: Any = self._masked_sums(round_num) if self.secure.config.enabled else self._sums(round_num)
         for other in others:
             sums.merge(other)
-        self.sums = None
+        self.sums = self.masked = None
         return_freed_memory()  # what training took; the round's other work is small
         return sums.partial(), len(sums.received)
+
+    @ray.method
+    def advertise_keys(self, clients: Sequence[int], round_num: int) -> list[KeyAdvertisement]:
+        """Forward to `SecureClients.advertise`."""
+        return self.secure.advertise(clients, round_num)
+
+    @ray.method
+    def share_keys(self, roster: Roster) -> list[EncryptedShares]:
+        """Forward to `SecureClients.share`."""
+        return self.secure.share(roster)
+
+    @ray.method
+    def take_shares(self, deliveries: Mapping[int, ShareDelivery]) -> None:
+        """Forward to `SecureClients.receive`."""
+        self.secure.receive(deliveries)
+
+    @ray.method
+    def reveal_shares(self, request: UnmaskRequest) -> list[RevealedShares]:
+        """Forward to `SecureClients.reveal`."""
+        return self.secure.reveal(request)
 
     @ray.method
     def evaluate(
@@ -230,9 +272,18 @@ class _ClientActor:
         """Return the sums of a round, opened anew when the round begins."""
         if self.sums is None or self.sums.round_num != round_num:
             assert self.shape is not None, "clients join before they train"
-            ownership = {number: client.shared_ids for number, client in self.clients.items()}
-            self.sums = RoundSums(self.shape, round_num, ownership)
+            self.sums = RoundSums(self.shape, round_num, self._ownership())
         return self.sums
+
+    def _masked_sums(self, round_num: int) -> MaskedSums:
+        """Return the sums of a round's masked updates, opened anew when the round begins."""
+        if self.masked is None or self.masked.round_num != round_num:
+            assert self.shape is not None, "clients join before they train"
+            self.masked = self.secure.sums(self.shape, round_num, self._ownership())
+        return self.masked
+
+    def _ownership(self) -> dict[int, Tensor]:
+        return {number: client.shared_ids for number, client in self.clients.items()}
 
 
 def _copies(state: Params) -> Params:

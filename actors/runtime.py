@@ -27,11 +27,11 @@ from actors.reservation import free_name, take_share
 from actors.scaling import await_nodes
 from actors.server import ServerActor, _ServerActor
 from actors.state_files import keep_clients, keep_server, marked
+from actors.summing import train_and_sum, train_masked
 from fedsim.checkpoint import load_clients, load_tensors, server_file
 from fedsim.config import Config
 from fedsim.data.clients import ClientData, shared_matrices, without_matrices
 from fedsim.evaluation.consistency import merge_sums, semantic_consistency, shared_entities
-from fedsim.federated.aggregation import PartialSums
 from fedsim.federated.batches import plan_batches, predicted_work, state_bytes
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
@@ -149,8 +149,10 @@ class RayRuntime:
         started = time.perf_counter()
         self._balance()
         broadcast = self._begin_round(self.server, round_num) if self.server is not None else None
-        if self.server is not None and self.sums_at_nodes:
-            reports = self._train_and_sum(self.server, round_num, cohort, broadcast)
+        if self.server is not None and self.config.secure_aggregation.enabled:
+            reports = train_masked(self, self.server, round_num, cohort, broadcast)
+        elif self.server is not None and self.sums_at_nodes:
+            reports = train_and_sum(self, self.server, round_num, cohort, broadcast)
         else:
             reports = self._train_and_send(round_num, cohort, broadcast)
         reports.sort(key=lambda report: report.client)
@@ -159,22 +161,22 @@ class RayRuntime:
         elapsed = time.perf_counter() - started
         if self.server is None:
             return RoundResult(reports, None, {"train": elapsed})
-        report_of_server = self._await_server(self.server.finish_round.remote(), f"distilling in round {round_num}")
+        report_of_server = self.await_server(self.server.finish_round.remote(), f"distilling in round {round_num}")
         return RoundResult(reports, report_of_server, phase_seconds(elapsed, report_of_server))
 
     def evaluate(self, split: str, round_num: int, *, choose: bool) -> list[ClientEvaluation]:
         """Rank every client's triples of a split."""
         what = f"evaluation on {split} in round {round_num}"
-        calls = self._each_batch(what, lambda held, batch: held.actor.evaluate.remote(batch, split, round_num, choose))
+        calls = self.each_batch(what, lambda held, batch: held.actor.evaluate.remote(batch, split, round_num, choose))
         parts = {client: part for call, done in calls for client, part in zip(call.clients, done, strict=True)}
         return [item for client in self.clients for item in parts[client]]
 
     def measure(self, round_num: int) -> Measurements:
         """Measure imputation where the data is, and semantic consistency on sums of tokens from the actors."""
         what, shared = f"measurement in round {round_num}", cast(Any, self.shared)
-        calls = self._each_batch(what, lambda held, batch: held.actor.measure.remote(batch, shared, round_num))
+        calls = self.each_batch(what, lambda held, batch: held.actor.measure.remote(batch, shared, round_num))
         found = {client: metrics for call, done in calls for client, metrics in zip(call.clients, done, strict=True)}
-        sums = [part for _, part in self._each_actor(what, lambda held: held.actor.sum_tokens.remote())]
+        sums = [part for _, part in self.each_actor(what, lambda held: held.actor.sum_tokens.remote())]
         return Measurements({client: found[client] for client in self.clients}, semantic_consistency(merge_sums(sums)))
 
     def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -187,8 +189,8 @@ class RayRuntime:
         started = time.perf_counter()
         with marked(folder) as mark:
             if self.server is not None:
-                keep_server(self._await_server(self.server.save.remote(mark), "saving"), folder)
-            for _, states in self._each_batch("saving", lambda held, batch: held.actor.save.remote(batch, mark)):
+                keep_server(self.await_server(self.server.save.remote(mark), "saving"), folder)
+            for _, states in self.each_batch("saving", lambda held, batch: held.actor.save.remote(batch, mark)):
                 keep_clients(states, folder)
         if self.metrics is not None:
             self.metrics.phase("checkpoint", time.perf_counter() - started)
@@ -196,12 +198,12 @@ class RayRuntime:
     def load(self, folder: Path) -> None:
         """Let each actor read its own files, or what this process reads for it."""
         with marked(folder) as mark:
-            if self.server is not None and not self._await_server(self.server.load.remote(mark), "loading"):
-                self._await_server(self.server.take.remote(load_tensors(server_file(folder))), "loading")
-            calls = self._each_batch("loading", lambda held, batch: held.actor.load.remote(batch, mark))
+            if self.server is not None and not self.await_server(self.server.load.remote(mark), "loading"):
+                self.await_server(self.server.take.remote(load_tensors(server_file(folder))), "loading")
+            calls = self.each_batch("loading", lambda held, batch: held.actor.load.remote(batch, mark))
             absent = [client for call, found in calls if not found for client in call.clients]
         read = partial(load_clients, folder=folder)
-        list(self._each_batch("loading", lambda held, batch: held.actor.take.remote(read(batch)), absent))
+        list(self.each_batch("loading", lambda held, batch: held.actor.take.remote(read(batch)), absent))
 
     def close(self) -> None:
         """End the actors, and the cluster if it was started for this run."""
@@ -233,57 +235,16 @@ class RayRuntime:
 
         reports = []
         receiving: ObjectRef[None] | None = None
-        for call, (done, at_once) in self._each_batch(f"training in round {round_num}", submit, cohort):
+        for call, (done, at_once) in self.each_batch(f"training in round {round_num}", submit, cohort):
             reports += done
-            self._say_parts(call, at_once)
+            self.say_parts(call, at_once)
             update = updates.pop(call.clients[0])
             if self.server is not None:
                 if receiving is not None:
-                    self._await_server(receiving, adding)  # so at most two wait there
+                    self.await_server(receiving, adding)  # so at most two wait there
                 receiving = self.server.receive.remote(update)
         if receiving is not None:
-            self._await_server(receiving, adding)
-        return reports
-
-    def _train_and_sum(
-        self,
-        server: "ActorProxy[_ServerActor]",
-        round_num: int,
-        cohort: Sequence[int],
-        broadcast: "ObjectRef[Broadcast] | None",
-    ) -> list[ClientReport]:
-        """Train the cohort; updates are summed in their actor, then on their node, then at the server."""
-        calls = self._each_batch(
-            f"training in round {round_num}",
-            lambda held, batch: held.actor.train_and_sum.remote(batch, round_num, cast(Any, broadcast)),
-            cohort,
-        )
-        reports = []
-        for call, (done, at_once) in calls:
-            reports += done
-            self._say_parts(call, at_once)
-        partials: dict[str, ObjectRef[PartialSums]] = {}
-
-        def submit(held: Held, others: Sequence[Held]) -> "ObjectRef[int]":
-            refs = [partials.pop(other.name) for other in others]
-            pair: Any = held.actor.sum_up.remote(round_num, *cast(Any, refs))
-            partials[held.name], number = pair
-            return cast("ObjectRef[int]", number)
-
-        chosen = set(cohort)
-        nodes: dict[str, list[Held]] = {}
-        for held in self.pool:
-            if not chosen.isdisjoint(held.clients):
-                nodes.setdefault(held.node_id, []).append(held)
-        what = f"summing updates in round {round_num}"
-        followers = [held for _, *others in nodes.values() for held in others]
-        list(self._each_actor(what, lambda held: submit(held, ()), followers))
-        leaders = {held.name: others for held, *others in nodes.values()}
-        list(
-            self._each_actor(what, lambda held: submit(held, leaders[held.name]), [held for held, *_ in nodes.values()])
-        )
-        for partial_sums in partials.values():
-            self._await_server(server.merge.remote(partial_sums), what)
+            self.await_server(receiving, adding)
         return reports
 
     def _balance(self) -> None:
@@ -315,12 +276,12 @@ class RayRuntime:
             moved.append(clients)
             return cast("ObjectRef[int]", number)
 
-        list(self._each_actor(what, release, [source]))
-        list(self._each_actor(what, lambda held: held.actor.adopt.remote(moved[0]), [target]))
+        list(self.each_actor(what, release, [source]))
+        list(self.each_actor(what, lambda held: held.actor.adopt.remote(moved[0]), [target]))
         source.batches = tuple(other for other in source.batches if other != batch)
         target.batches = (*target.batches, batch)
 
-    def _say_parts(self, call: Call[Any], at_once: int) -> None:
+    def say_parts(self, call: Call[Any], at_once: int) -> None:
         """Say once per actor and size that a GPU's memory holds fewer clients at once than a batch has."""
         if at_once < min(len(call.clients), self.at_once.get(call.actor, len(call.clients))):
             self.at_once[call.actor] = at_once
@@ -329,11 +290,11 @@ class RayRuntime:
     def _await_actors(self) -> None:
         """Wait until all actors run, and learn their nodes."""
         what = "starting (waiting for free CPUs, GPUs and a process)"
-        places = {call.actor: place for call, place in self._each_actor(what, lambda held: held.actor.start.remote())}
+        places = {call.actor: place for call, place in self.each_actor(what, lambda held: held.actor.start.remote())}
         for held in self.pool:
             held.node, held.node_id, held.pid, held.private_bytes = places[held.name]
         if self.server is not None:
-            self.server_node, self.server_pid = self._await_server(self.server.start.remote(), what)
+            self.server_node, self.server_pid = self.await_server(self.server.start.remote(), what)
 
     def _hand_out(self, experiment: Experiment) -> None:
         """Give each client its data, make it known to the server, and send it the initial global model."""
@@ -349,24 +310,24 @@ class RayRuntime:
             given: ObjectRef[None] = held.actor.add_clients.remote(data, list(shared), *cast(Any, matrices))
             return given
 
-        list(self._each_actor("start", give))
+        list(self.each_actor("start", give))
         server = self.server
         if server is not None:
-            list(self._each_actor("hello", lambda held: server.register.remote(held.actor.hello.remote())))
+            list(self.each_actor("hello", lambda held: server.register.remote(held.actor.hello.remote())))
             self.deliver(0)
 
     def deliver(self, round_num: int) -> None:
         """Give every client the server's model."""
         if self.server is not None:
-            shape = self._await_server(self.server.sum_shape.remote(), "counting the clients")
+            shape = self.await_server(self.server.sum_shape.remote(), "counting the clients")
             broadcast = self._begin_round(self.server, round_num)
-            list(self._each_actor("taking the model", lambda held: held.actor.join.remote(broadcast, shape)))
+            list(self.each_actor("taking the model", lambda held: held.actor.join.remote(broadcast, shape)))
 
     def _begin_round(self, server: "ActorProxy[_ServerActor]", round_num: int) -> "ObjectRef[Broadcast]":
         """Let the server publish its broadcast; the driver gets a reference."""
-        return self._await_server(server.begin_round.remote(round_num), f"opening round {round_num}")[0]
+        return self.await_server(server.begin_round.remote(round_num), f"opening round {round_num}")[0]
 
-    def _each_batch(
+    def each_batch(
         self, what: str, submit: "Callable[[Held, Batch], ObjectRef[T]]", cohort: Sequence[int] | None = None
     ) -> Iterator[tuple[Call[T], T]]:
         """Make a call for every batch (its members in the cohort), results in order of completion."""
@@ -380,7 +341,7 @@ class RayRuntime:
         results = collect(queues, self.timeout, self.timeline)
         return results if self.metrics is None else self.metrics.queues(queues, results)
 
-    def _each_actor(
+    def each_actor(
         self, what: str, submit: "Callable[[Held], ObjectRef[T]]", pool: Sequence[Held] | None = None
     ) -> Iterator[tuple[Call[T], T]]:
         """Make a call to every client actor (of those given), results in order of completion."""
@@ -390,7 +351,8 @@ class RayRuntime:
         ]
         return collect([[call] for call in calls], self.timeout, self.timeline)
 
-    def _await_server(self, ref: "ObjectRef[T]", what: str) -> T:
+    def await_server(self, ref: "ObjectRef[T]", what: str) -> T:
+        """Wait for the result of a call to the server."""
         call = Call("the server", self.server_name, self.server_node, what, lambda: ref)
         return result_of(call, self.timeout, self.timeline)
 

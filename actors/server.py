@@ -1,7 +1,7 @@
 """The actor that holds the server: it forwards, and publishes each broadcast once in Ray's object store."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ray
@@ -16,6 +16,17 @@ from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server, ServerReport
 from fedsim.models.parameters import Params
+from fedsim.privacy.secure_aggregation.messages import (
+    EncryptedShares,
+    KeyAdvertisement,
+    RevealedShares,
+    Roster,
+    ShareDelivery,
+    ToServer,
+    UnmaskRequest,
+)
+from fedsim.privacy.secure_aggregation.server_party import ServerParty
+from fedsim.privacy.secure_aggregation.sums import PartialMaskedSums
 from fedsim.process import collect_garbage, return_freed_memory, set_aside_imports, settle_process
 
 
@@ -71,10 +82,51 @@ class _ServerActor:
                 self.server.receive(update)
 
     @ray.method
-    def merge(self, partial: PartialSums) -> None:
+    def merge(self, partial: PartialSums | PartialMaskedSums) -> None:
         """Forward to `Server.merge`."""
         with self.watch.timed("aggregate"):
             self.server.merge(partial)
+
+    @ray.method
+    def secure_round(self, round_num: int, cohort: Sequence[int]) -> None:
+        """Forward to `Server.secure_round`."""
+        self.server.secure_round(round_num, cohort)
+
+    @ray.method
+    def take_keys(self, messages: list[KeyAdvertisement]) -> None:
+        """Forward to `ServerParty.receive`."""
+        self._take(messages)
+
+    @ray.method
+    def take_shares(self, messages: list[EncryptedShares]) -> None:
+        """Forward to `ServerParty.receive`."""
+        self._take(messages)
+
+    @ray.method
+    def take_revealed(self, messages: list[RevealedShares]) -> None:
+        """Forward to `ServerParty.receive`."""
+        self._take(messages)
+
+    @ray.method
+    def roster(self) -> Roster:
+        """Forward to `ServerParty.roster`."""
+        return self._party().roster()
+
+    @ray.method
+    def deliveries(self, clients: Sequence[int]) -> dict[int, ShareDelivery]:
+        """Forward to `ServerParty.deliveries`."""
+        return self._party().deliveries(clients)
+
+    @ray.method
+    def unmask_request(self) -> UnmaskRequest:
+        """Forward to `ServerParty.request`."""
+        return self._party().request()
+
+    @ray.method
+    def unmask(self) -> None:
+        """Forward to `Server.unmask`."""
+        with self.watch.timed("aggregate"):
+            self.server.unmask()
 
     @ray.method
     def finish_round(self) -> ServerReport:
@@ -105,6 +157,14 @@ class _ServerActor:
     def take(self, state: Params) -> None:
         """Take over the state of a checkpoint that this process cannot read where it is, as copies."""
         self.server.load_state({name: value.clone() for name, value in state.items()})
+
+    def _party(self) -> ServerParty:
+        assert self.server.secure is not None, "a secure round is open"
+        return self.server.secure
+
+    def _take(self, messages: Sequence[ToServer]) -> None:
+        for message in messages:
+            self._party().receive(message)
 
 
 ServerActor = ray.remote(_ServerActor)

@@ -12,7 +12,7 @@ class SecureAggregationConfig(Section):
 
     enabled: bool = Field(False, description="clients send masked updates, of which the server learns the sum alone")
     threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
-        0.67, description="share of the cohort that must take part to the end; with fewer nothing is unmasked"
+        0.6, description="share of the cohort that must take part to the end; with fewer nothing is unmasked"
     )
     hide_ownership: bool = Field(
         False, description="clients send masked rows of all entities, so that the server sees counts of owners alone"

@@ -71,7 +71,9 @@ class Client:
 
     def hello(self) -> ClientHello:
         """Say which entities (or relations, if those are shared) this client owns."""
-        return ClientHello(self.data.client, self.shared_ids, self.num_triples)
+        secure = self.config.secure_aggregation
+        known = self.shared_ids[:0] if secure.enabled and secure.hide_ownership else self.shared_ids
+        return ClientHello(self.data.client, known, self.num_triples)
 
     def own_part(self, broadcast: Broadcast) -> Broadcast:
         """Cut out of what the server published what this client is sent."""

@@ -132,7 +132,7 @@ class ClientHello:
 
     Attributes:
         client: the client's id.
-        entity_ids: global ids of its entities, int64 [num_entities].
+        entity_ids: global ids of its entities, int64 [num_entities]; none if `secure_aggregation.hide_ownership`.
         num_triples: training triples.
     """
 

@@ -29,6 +29,8 @@ from fedsim.federated.shelf import Shelf
 from fedsim.federated.timeline import Timeline
 from fedsim.models.client_model import ClientModel, pick
 from fedsim.privacy.differential_privacy import check_privacy
+from fedsim.privacy.secure_aggregation.clients import SecureClients, exchange_keys, reveal_shares
+from fedsim.privacy.secure_aggregation.compatibility import check_secure_aggregation
 from fedsim.process import settle_process
 
 logger = logging.getLogger(__name__)
@@ -131,6 +133,7 @@ def prepare(config: Config) -> Experiment:
     """Load the data set that the config names and divide it among clients."""
     strategy = make_strategy(config)
     check_robustness(config, strategy)
+    check_secure_aggregation(config, strategy)
     check_privacy(config, strategy)
     ClientModel(config, {})  # refuses unknown parts here, before any process starts
     graph = load_dataset(resolve_dataset(config.data.path))
@@ -184,6 +187,7 @@ class InProcessRuntime:
             f"{len(self.clients)} clients in this process, {config.runtime.torch_threads} torch thread(s)",
             *placement_lines(config),
         ]
+        self.secure = SecureClients(config.secure_aggregation)
         self.server: Server | None = None
         if strategy.federated:
             self.server = Server(config, strategy, num_shared(experiment), experiment.feature_dims)
@@ -196,11 +200,14 @@ class InProcessRuntime:
         started = time.perf_counter()
         reports = []
         broadcast = self.server.begin_round(round_num) if self.server is not None else None
-        for members in sampled(self.batches, cohort):
-            for update, report in self._train(members, round_num, broadcast):
-                if self.server is not None and update is not None:
-                    self.server.receive(update)
-                reports.append(report)
+        if self.server is not None and broadcast is not None and self.secure.config.enabled:
+            reports = self._train_masked(self.server, round_num, cohort, broadcast)
+        else:
+            for members in sampled(self.batches, cohort):
+                for update, report in self._train(members, round_num, broadcast):
+                    if self.server is not None and update is not None:
+                        self.server.receive(update)
+                    reports.append(report)
         reports.sort(key=lambda report: report.client)
         elapsed = time.perf_counter() - started
         if self.server is None:
@@ -262,6 +269,22 @@ class InProcessRuntime:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def _train_masked(
+        self, server: Server, round_num: int, cohort: Sequence[int], broadcast: Broadcast
+    ) -> list[ClientReport]:
+        """Train the cohort between the phases of secure aggregation; the server gets masked updates."""
+        shape, reports = server.sum_shape(), []
+        party = server.secure_round(round_num, cohort)
+        exchange_keys(party, self.secure, cohort)
+        for members in sampled(self.batches, cohort):
+            results = self._train(members, round_num, broadcast)
+            for masked, report in self.secure.mask(results, shape, broadcast):
+                server.receive_masked(masked)
+                reports.append(report)
+        reveal_shares(party, self.secure)
+        server.unmask()
+        return reports
 
     def _train(
         self, members: Sequence[int], round_num: int, broadcast: Broadcast | None

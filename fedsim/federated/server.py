@@ -18,6 +18,10 @@ from fedsim.federated.strategy import GlobalModel, Strategy
 from fedsim.models.client_model import ClientModel
 from fedsim.models.parameters import Params, select_view, with_prefix
 from fedsim.privacy.differential_privacy import noised_model
+from fedsim.privacy.secure_aggregation.layout import Layout
+from fedsim.privacy.secure_aggregation.messages import MaskedUpdate
+from fedsim.privacy.secure_aggregation.server_party import ServerParty
+from fedsim.privacy.secure_aggregation.sums import PartialMaskedSums
 from fedsim.randomness import torch_generator
 
 
@@ -59,6 +63,7 @@ class Server:
         self.ownership: dict[int, Tensor] = {}
         self.num_triples: dict[int, int] = {}
         self.colluders = Colluders(config)
+        self.secure: ServerParty | None = None  # of an open round with secure aggregation
         self.client_rows: dict[int, Tensor] = {}  # of each client's last round, if the strategy keeps them
         self._open_round(0)
 
@@ -74,12 +79,36 @@ class Server:
         personal = self.strategy.personal_rows(self.ownership, self.client_rows)
         return Broadcast(round_num, model.entity, model.modules, model.prototypes, personal=personal)
 
+    def secure_round(self, round_num: int, cohort: Sequence[int]) -> ServerParty:
+        """Open a round of secure aggregation, which ends with `unmask`."""
+        config = self.config.secure_aggregation
+        sums = Layout(self.sum_shape(), config.hide_ownership).sums(round_num, self.ownership)
+        self.secure = ServerParty(round_num, cohort, config.threshold, sums)
+        return self.secure
+
+    def receive_masked(self, update: MaskedUpdate | Rejection) -> None:
+        """Add one client's masked update, in any order; see `MaskedSums.add`."""
+        assert self.secure is not None, "a secure round is open"
+        self.secure.sums.add(update)
+
+    def unmask(self) -> None:
+        """Take the masks out of the sums, once shares were revealed; from here on the round goes on like any other.
+
+        Raises:
+            RunError: if too few clients are left, or more updates were rejected than may be.
+        """
+        assert self.secure is not None, "a secure round is open"
+        secure, self.secure = self.secure, None
+        secure.unmask()
+        layout = Layout(self.sum_shape(), self.config.secure_aggregation.hide_ownership)
+        self.sums.merge(layout.decode(secure.sums))
+
     def receive(self, update: ClientUpdate) -> None:
         """Add one client's update to the sums, in any order; see `RoundSums.add`."""
         if not self.colluders.take(update):
             self.sums.add(update)
 
-    def merge(self, partial: PartialSums) -> None:
+    def merge(self, partial: PartialSums | PartialMaskedSums) -> None:
         """Add the sums of several clients, in any order; see `RoundSums.merge`.
 
         Raises:
@@ -90,7 +119,11 @@ class Server:
                 raise RunError(
                     f"client {client}, round {partial.round_num}: an update of a client that is not registered"
                 )
-        self.sums.merge(partial)
+        if isinstance(partial, PartialMaskedSums):
+            assert self.secure is not None, "a secure round is open"
+            self.secure.sums.merge(partial)
+        else:
+            self.sums.merge(partial)
 
     def finish_round(self) -> ServerReport:
         """Turn the sums into the next global model and distil (eq. 3, 11, 12, 13).

@@ -33,6 +33,8 @@ from fedsim.federated.message_checks import Rejection
 from fedsim.federated.messages import ClientHello, ClientUpdate, SentRows, SoftQueries
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import Experiment, InProcessRuntime, prepare
+from fedsim.privacy.secure_aggregation.messages import EncryptedShares, KeyAdvertisement, MaskedUpdate, RevealedShares
+from fedsim.privacy.secure_aggregation.sums import PartialMaskedSums
 from leak_search import Secrets, leaks, leaves, secrets
 from runs import small_config
 
@@ -74,6 +76,23 @@ FIELDS: dict[type, dict[str, str]] = {
         "rejected": "tuple[Rejection, ...]",
     },
     Rejection: {"client": "int | None", "round_num": "int", "reason": "Reason", "message": "str"},
+    KeyAdvertisement: {"client": "int", "round_num": "int", "encryption_key": "bytes", "mask_key": "bytes"},
+    EncryptedShares: {"client": "int", "round_num": "int", "ciphertexts": "dict[int, bytes]"},
+    MaskedUpdate: {"client": "int", "round_num": "int", "table": "Tensor", "common": "Tensor"},
+    RevealedShares: {
+        "client": "int",
+        "round_num": "int",
+        "self_seeds": "dict[int, bytes]",
+        "mask_seeds": "dict[int, bytes]",
+    },
+    PartialMaskedSums: {
+        "round_num": "int",
+        "clients": "tuple[int, ...]",
+        "table": "Tensor",
+        "common": "Tensor",
+        "rejected": "tuple[Rejection, ...]",
+        "seconds": "float",
+    },
     ConsistencySums: {"owners": "Tensor", "units": "dict[str, Tensor]", "squares": "dict[str, Tensor]"},
 }
 CLIENT_ACTOR_RETURNS = {
@@ -83,7 +102,11 @@ CLIENT_ACTOR_RETURNS = {
     "join": "None",
     "train": "tuple[list[ClientUpdate], tuple[list[ClientReport], int]]",
     "train_and_sum": "tuple[list[ClientReport], int]",
-    "sum_up": "tuple[PartialSums, int]",
+    "sum_up": "tuple[PartialSums | PartialMaskedSums, int]",
+    "advertise_keys": "list[KeyAdvertisement]",
+    "share_keys": "list[EncryptedShares]",
+    "take_shares": "None",
+    "reveal_shares": "list[RevealedShares]",
     # A client that moves, as a whole: to `adopt` of another client actor alone, nothing else takes it.
     "release": "tuple[list[tuple[ClientData, dict[str, Tensor]]], int]",
     "adopt": "None",
@@ -101,7 +124,15 @@ SERVER_ACTOR_TAKES = {
     "sum_shape": [],
     "begin_round": ["int"],
     "receive": ["list[ClientUpdate]"],
-    "merge": ["PartialSums"],
+    "merge": ["PartialSums | PartialMaskedSums"],
+    "secure_round": ["int", "Sequence[int]"],
+    "take_keys": ["list[KeyAdvertisement]"],
+    "take_shares": ["list[EncryptedShares]"],
+    "take_revealed": ["list[RevealedShares]"],
+    "roster": [],
+    "deliveries": ["Sequence[int]"],
+    "unmask_request": [],
+    "unmask": [],
     "finish_round": [],
     "save": ["Path"],
     "load": ["Path"],
@@ -301,6 +332,9 @@ def _readable(annotation: Any) -> str:
         "pathlib.",
         "fedsim.federated.messages.",
         "fedsim.federated.aggregation.",
+        "fedsim.federated.message_checks.",
+        "fedsim.privacy.secure_aggregation.messages.",
+        "fedsim.privacy.secure_aggregation.sums.",
         "fedsim.federated.reports.",
         "fedsim.data.clients.",
         "fedsim.evaluation.consistency.",
