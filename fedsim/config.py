@@ -42,6 +42,10 @@ class DataConfig(Section):
         "random", description="hide per entity, a whole modality at some clients, or nothing"
     )
     feature_noise: Weight = Field(0.0, description="per-client noise on features, relative to their RMS")
+    alignment: Literal["given", "psu"] = Field(
+        "given",
+        description="where common ids come from: the data set, or private set union of names (docs/security.md)",
+    )
     seed: int | None = Field(None, description="seed of the split and of what is hidden; null takes the run's seed")
 
     @model_validator(mode="after")

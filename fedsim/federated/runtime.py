@@ -11,6 +11,7 @@ import torch
 
 from fedsim.checkpoint import load_clients, load_tensors, save_clients, save_tensors, server_file
 from fedsim.config import Config
+from fedsim.data.alignment import align_names
 from fedsim.data.clients import ClientData, build_clients, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
 from fedsim.errors import ConfigError, RunError
@@ -145,6 +146,9 @@ def prepare(config: Config) -> Experiment:
             f"give at most {split.num_clients}"
         )
     clients = build_clients(graph, split, config, together=strategy.together)
+    if config.data.alignment == "psu" and strategy.federated:
+        names = graph.entity_keys if strategy.shares == "entity" else graph.relation_keys
+        align_names(names, {data.client: strategy.shared_ids(data) for data in clients})
     config = choose_attackers(config, len(clients))
     clients = poison_clients(clients, config)
     feature_dims = {name: item.dim for name, item in clients[0].features.items()}

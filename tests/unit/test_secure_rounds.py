@@ -193,6 +193,7 @@ def test_keys_are_new_in_each_round() -> None:
         ({"federation.aggregator": "median"}, "compares single updates: set it to mean"),
         ({"robustness.max_norm_ratio": 3.0}, "robustness.max_norm_ratio compares the sizes"),
         ({"adversary.attack": "alie"}, "meet at the server"),
+        ({"data.alignment": "psu", "secure_aggregation.hide_ownership": True}, "learns who has which id"),
         ({"privacy.noise": "server", "secure_aggregation.hide_ownership": True}, "scales it by who owns what"),
     ],
 )

@@ -1,15 +1,20 @@
 """Private set union and intersection: right for any sets, and what is sent tells nothing of the names."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import write_tiny_dataset
+from experiments import small_config
 from fedsim.data.alignment import align_names
 from fedsim.errors import DataError
+from fedsim.federated.runtime import prepare
 from fedsim.privacy import set_alignment
 from fedsim.privacy.set_alignment import (
     AlignmentParty,
@@ -119,3 +124,20 @@ def test_a_data_set_whose_ids_are_not_names_is_found() -> None:
 def test_messages_have_no_field_for_a_name() -> None:
     assert [item.name for item in dataclasses.fields(BlindedNames)] == ["owner", "points"]
     assert [item.name for item in dataclasses.fields(set_alignment.Union)] == ["ids", "num_names", "num_bytes"]
+
+
+@pytest.mark.parametrize(("strategy", "num_names"), [("fede", 40), ("fedr", 6), ("local", None)])
+def test_a_run_aligns_what_its_strategy_shares_and_its_clients_stay_the_same(
+    strategy: str, num_names: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Entities with fede, relations with fedr; the small graph has 40 and 6, all of them at some client."""
+    paths = {"data.path": str(write_tiny_dataset(tmp_path / "tiny")), "federation.strategy": strategy}
+    with caplog.at_level(logging.INFO, "fedsim.data.alignment"):
+        aligned = prepare(small_config(paths | {"data.alignment": "psu"}))
+    said = [record.getMessage() for record in caplog.records]
+    wanted = [] if num_names is None else [f"{num_names} names of 2 clients aligned by private set union"]
+    assert [text.partition(" in ")[0] for text in said] == wanted
+    given = prepare(small_config(paths))
+    for one, other in zip(aligned.clients, given.clients, strict=True):
+        assert np.array_equal(one.entity_ids, other.entity_ids)
+        assert np.array_equal(one.train, other.train)

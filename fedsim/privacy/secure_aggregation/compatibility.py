@@ -43,6 +43,11 @@ def check_secure_aggregation(config: Config, strategy: Strategy) -> None:
             "a server that adds privacy.noise scales it by who owns what: set secure_aggregation.hide_ownership to "
             "false, or privacy.noise to client"
         )
+    if config.data.alignment == "psu" and config.secure_aggregation.hide_ownership:
+        reasons.append(
+            "the server of data.alignment psu learns who has which id: set it to given, or "
+            "secure_aggregation.hide_ownership to false"
+        )
     if config.communication.top_k is not None:
         reasons.append(
             "with communication.top_k clients send different rows each round, and which ones tells what they learnt: "
