@@ -43,6 +43,12 @@ class Population(PopulationBasedTraining):
         super().on_trial_complete(tune_controller, trial, result)
         self._go_on(tune_controller, trial)
 
+    def _get_new_config(self, trial: "Trial", trial_to_clone: "Trial") -> tuple[dict[str, Any], dict[str, Any]]:
+        """Change the weights of the member that is copied; the name, and so the run folder, stays the member's own."""
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        config["trial"]["id"] = trial.config["trial"]["id"]
+        return config, operations
+
     def _go_on(self, tune_controller: Any, ended: "Trial") -> None:
         """Leave one change out if all others had waited for the one that ended: no result will release them."""
         others = [trial for trial in tune_controller.get_live_trials() if trial is not ended]

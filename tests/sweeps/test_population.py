@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from fedsim.config import Config, dump_config, load_config, make_config
 from fedsim.errors import ConfigError, RunError
 from fedsim.run_folder import RunFolder
 from runs import outcome, small_config
-from tune.population import finish_fork, fork, forked_config, snapshot, weights_at
+from tune.population import finish_fork, fork, forked_config, make_population, snapshot, weights_at
 from tune.search_space import parse_space
 
 SPACE = parse_space(
@@ -76,7 +77,15 @@ def test_a_continued_run_is_to_the_bit_a_run_with_the_schedule_from_its_start(
     simulation.resume(tmp_path / "second")
     simulation.run(config.model_copy(update={"output": str(tmp_path / "third")}))
     assert outcome(tmp_path / "second") == outcome(tmp_path / "third")
-    assert outcome(tmp_path / "second")["models"] != outcome(tmp_path / "first")["models"]
+    last = {
+        name: [
+            path.read_bytes()
+            for path in sorted(RunFolder(tmp_path / name).checkpoint(NUM_ROUNDS).glob("*.safetensors"))
+        ]
+        for name in ("first", "second", "third")
+    }
+    assert last["second"] == last["third"]
+    assert last["second"] != last["first"]
     # The schedule changes nothing before its round.
     first, third = (RunFolder(tmp_path / name).read_metrics() for name in ("first", "third"))
     before, after = ([row.get("valid") for row in rows if row["round"] <= 3] for rows in (first, third))
@@ -126,3 +135,45 @@ def test_an_interrupted_fork_leaves_the_old_run(tmp_path: Path) -> None:
     (tmp_path / ".run.old" / "config.yaml").write_text("old")
     finish_fork(tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").read_text() == "old"
+
+
+class _Member:
+    """As much of Tune's trial as the scheduler looks at."""
+
+    def __init__(self, number: int) -> None:
+        self.trial_id, self.experiment_tag, self.status = str(number), "", "PAUSED"
+        self.config: dict[str, Any] = {}
+
+
+def test_members_that_waited_for_one_that_ended_go_on() -> None:
+    """Two wait in round 4 for the third, which fails: no result would wake them."""
+    population = make_population(SPACE, interval=2)
+    members = [_Member(number) for number in range(3)]
+    for member, round_num in zip(members, (4, 4, 2), strict=True):
+        population._trial_state[member] = SimpleNamespace(last_train_time=round_num)  # type: ignore[index,assignment]
+    population._next_perturbation_sync = 4
+    members[2].status = "ERROR"
+    controller: Any = SimpleNamespace(get_live_trials=lambda: members[:2], get_trials=lambda: members)
+    assert population.choose_trial_to_run(controller) is None
+    population.on_trial_error(controller, members[2])  # type: ignore[arg-type]
+    assert population.choose_trial_to_run(controller) is members[0]
+
+
+def test_a_member_that_copies_another_keeps_its_name() -> None:
+    population = make_population(SPACE, interval=2)
+    values = {item.name: item.values[0] for item in SPACE.parameters}
+    one, other = _Member(1), _Member(2)
+    for member in (one, other):
+        member.config = {"trial": {"id": member.trial_id, "params": values}}
+    config, _ = population._get_new_config(one, other)  # type: ignore[arg-type]
+    assert config["trial"]["id"] == "1"
+    assert other.config["trial"]["id"] == "2"
+
+
+def test_changed_weights_stay_in_their_range() -> None:
+    space = parse_space({"space": {"distillation.logit_to_client": {"uniform": [1.0, 2.0]}}}, "space")
+    explore = make_population(space, interval=2)._custom_explore_fn
+    found = [
+        explore({"trial": {"params": {"distillation.logit_to_client": value}}}) for value in (0.8, 1.23456789, 2.4)
+    ]
+    assert [item["trial"]["params"]["distillation.logit_to_client"] for item in found] == [1.0, 1.23457, 2.0]

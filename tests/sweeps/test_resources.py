@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.placement import NodeResources, plan_reserved
-from actors.reservation import _alike, federation_bundles
+from actors.reservation import _alike, federation_bundles, take_share
 from builders import write_tiny_dataset
 from fedsim.config import Config, RuntimeConfig, make_config
 from fedsim.errors import RunError
@@ -102,3 +104,23 @@ def test_only_a_group_made_for_the_federation_counts_as_its_own() -> None:
     assert _alike([{"CPU": 0.50004}, {"CPU": 0.5}, {"CPU": 0.5}], bundles)
     assert not _alike([{"CPU": 0.5}, {"CPU": 0.5}], bundles)
     assert not _alike([{"CPU": 0.5}, {"CPU": 0.5}, {"CPU": 0.5, "GPU": 1.0}], bundles)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_federation_stays_in_the_group_reserved_for_it() -> None:
+    def bundles_of_actors() -> tuple[str, list[int]]:  # of two clients and the server, and why
+        share = take_share(RuntimeConfig(), {(0,): 1.0, (1,): 1.0}, with_server=True)
+        places = [share.of_client_actor(0), share.of_client_actor(1), share.of_server()]
+        return share.plan.lines[1], [getattr(place, "placement_group_bundle_index", -1) for place in places]
+
+    group = ray.util.placement_group(federation_bundles(RuntimeConfig(), 2, with_server=True))
+    inside = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    ask = ray.remote(num_cpus=0)(bundles_of_actors)
+    assert ray.get(ask.options(scheduling_strategy=inside).remote()) == (
+        "placement auto: in the placement group reserved for it",
+        [0, 1, 2],
+    )
+    ray.util.remove_placement_group(group)
+    why, places = ray.get(ask.remote())
+    assert "the cluster has room for all 2" in why
+    assert places == [-1, -1, -1]
