@@ -12,6 +12,7 @@ from rich.table import Table
 from fedsim.benchmark.comparison import METRICS, Column, Entry, RecipeTable
 from fedsim.benchmark.plan import Plan
 
+COLUMN_GAP = 3  # the box's line and a space on both sides
 NOT_TUNED, NOT_RANKED = "†", "‡"
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -97,7 +98,7 @@ def notes(tables: Sequence[RecipeTable], plan: Plan, footer: Sequence[str]) -> l
 
 def show(grid: Grid, console: Console) -> None:
     """Print a grid; missing rates that do not fit side by side follow each other."""
-    width = max(len(name) for name in grid.names) + 2
+    width = max(len(name) for name in grid.names) + max(len(text) for text in grid.seconds) + 2 * COLUMN_GAP + 4
     taken = width
     parts: list[list[Block]] = [[]]
     for block in grid.blocks:
@@ -203,5 +204,7 @@ def _p(value: float | None) -> str:
 
 
 def _width(block: Block) -> int:
+    """Count the characters that a block's columns take on the terminal; its title stands over the first."""
     columns = zip(block.headers, *([cell.text for cell in row] for row in block.rows), strict=True)
-    return sum(max(map(len, column)) + 2 for column in columns)
+    widths = [max(map(len, column)) for column in columns]
+    return max(widths[0], len(block.title)) + sum(widths[1:]) + COLUMN_GAP * len(widths)

@@ -14,7 +14,7 @@ from fedsim.benchmark.methods import METHODS
 from fedsim.benchmark.plan import Plan, parse_missing
 from fedsim.benchmark.recipes import Recipe, TuningBudget
 from fedsim.benchmark.records import as_csv, as_run_list, hardware
-from fedsim.benchmark.tables import as_latex, as_markdown, escape_latex, make_grid, notes, show
+from fedsim.benchmark.tables import Block, Grid, Text, as_latex, as_markdown, escape_latex, make_grid, notes, show
 from fedsim.benchmark.tuned import Tuned
 
 RECIPE = Recipe("tiny", "tiny", "tiny", "", {"data.path": "tiny"}, ("0.5",), TuningBudget())
@@ -197,3 +197,17 @@ def test_one_seed_has_no_spread_and_no_test(plan: Plan) -> None:
 
 def test_hardware_names_the_cpus() -> None:
     assert hardware().endswith(" CPUs")
+
+
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_rates_that_do_not_fit_side_by_side_follow_each_other_and_nothing_is_cut(width: int) -> None:
+    titles = ("0 hidden", "0.3 hidden", "0.6 hidden", "0.9 hidden", "0.5 of the clients blind")
+    row = (Text("0.2173", True), Text("0.1204"), Text("0.4093"))
+    blocks = tuple(Block(title, ("MRR", "Hits@1", "Hits@10"), (row, row)) for title in titles)
+    file = io.StringIO()
+    console = Console(width=width, file=file, highlight=False)
+    show(Grid("cn_visual", ("mmfede-nearest", "central ‡"), blocks, ("147", "14")), console)
+    shown = file.getvalue()
+    assert "…" not in shown
+    assert all(title in shown for title in titles)
+    assert shown.count("0.2173") == 2 * len(titles)
