@@ -29,7 +29,7 @@ from fedsim.federated import STRATEGIES
 from fedsim.federated.aggregation import PartialSums, encode
 from fedsim.federated.client import Client
 from fedsim.federated.client_batch import train_clients
-from fedsim.federated.message_checks import Rejection
+from fedsim.federated.message_checks import Reason, Rejection
 from fedsim.federated.messages import ClientHello, ClientUpdate, SentRows, SoftQueries
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import Experiment, InProcessRuntime, prepare
@@ -75,7 +75,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "seconds": "float",
         "rejected": "tuple[Rejection, ...]",
     },
-    Rejection: {"client": "int | None", "round_num": "int", "reason": "Reason", "message": "str"},
+    Rejection: {"client": "int | None", "round_num": "int", "reason": str(Reason), "message": "str"},
     KeyAdvertisement: {"client": "int", "round_num": "int", "encryption_key": "bytes", "mask_key": "bytes"},
     EncryptedShares: {"client": "int", "round_num": "int", "ciphertexts": "dict[int, bytes]"},
     MaskedUpdate: {"client": "int", "round_num": "int", "table": "Tensor", "common": "Tensor"},
@@ -330,6 +330,7 @@ def _readable(annotation: Any) -> str:
     for prefix in (
         "torch.",
         "pathlib.",
+        "fedsim.federated.message_checks.",
         "fedsim.federated.messages.",
         "fedsim.federated.aggregation.",
         "fedsim.federated.message_checks.",
