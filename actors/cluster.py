@@ -20,7 +20,11 @@ PROBE_SECONDS = 60.0  # for a process that imports Ray and joins; Ray itself wou
 PORT_SECONDS = 5.0
 MEASURE_SECONDS = 120.0
 KEPT_TASKS = 2000
-MEND = "check runtime.address and that the cluster runs (`ray status`), or leave it null to start one on this machine"
+MEND = (
+    "check runtime.address, that the cluster runs (`ray status`) and that this process has its token "
+    "(RAY_AUTH_MODE=token with ~/.ray/auth_token or RAY_AUTH_TOKEN), or leave the address null to start one on this "
+    "machine"
+)
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
 
 
