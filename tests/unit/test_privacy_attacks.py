@@ -7,17 +7,30 @@ import pytest
 import torch
 
 from builders import tiny_graph
-from experiments import generator, small_config, small_experiment
+from experiments import all_values, generator, same_values, small_config, small_experiment, small_runtime
 from fedsim.dp_config import DifferentialPrivacyConfig
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, RunError
 from fedsim.federated.runtime import Experiment
 from fedsim.privacy.accounting import epsilon_of
 from fedsim.privacy.attacks.canary import client_scores, epsilon_lower_bound, server_scores
-from fedsim.privacy.attacks.membership import affinity, fitted, infer_membership, mean_estimates, movement
+from fedsim.privacy.attacks.membership import (
+    affinity,
+    fitted,
+    infer_membership,
+    known_triples,
+    mean_estimates,
+    movement,
+)
 from fedsim.privacy.attacks.observation import Observation, Records, watched_runtime
 from fedsim.privacy.attacks.quality import attack_quality
 from fedsim.privacy.attacks.relation_estimate import ESTIMATES, estimate_relation, score_pairs
-from fedsim.privacy.attacks.relation_reconstruction import name_relations, reconstruct_relations, unlinked_pairs
+from fedsim.privacy.attacks.relation_reconstruction import (
+    name_relations,
+    reconstruct_relations,
+    told_by_client,
+    told_by_triples,
+    unlinked_pairs,
+)
 from fedsim.randomness import numpy_generator
 
 DELTA = 1e-5
@@ -29,6 +42,7 @@ TRAINED: dict[str, Any] = {
     "data.modalities": [],
     "data.split": "dirichlet",
     "data.dirichlet_alpha": 10.0,
+    "training.reciprocal": False,
     "training.local_epochs": 20,
     "training.learning_rate": 0.05,
 }
@@ -109,8 +123,6 @@ def _watch(num_rounds: int = 3, **changes: Any) -> tuple[Experiment, Records, An
 
 
 def test_a_curious_server_changes_nothing_and_sees_each_round() -> None:
-    from experiments import all_values, same_values, small_runtime
-
     _, records, runtime = _watch()
     plain = small_runtime(TRAINED, tiny_graph(60, 4, 500))
     for round_num in (1, 2, 3):
@@ -122,36 +134,39 @@ def test_a_curious_server_changes_nothing_and_sees_each_round() -> None:
     assert torch.equal(records.by_server[0][1].before, records.by_clients[0].after[ids])
 
 
-def test_membership_shows_without_noise_and_not_under_much() -> None:
-    """A small model that overfits random triples: the fitted score tells members; noise at z = 100 leaves a guess."""
-    auc = {}
-    for noise, changes in {"none": {}, "client": {"privacy.noise_multiplier": 100.0}}.items():
-        experiment, records, _ = _watch(**changes, **{"privacy.noise": noise})
-        found = infer_membership(
-            "complex", records.by_server[0], experiment.clients[0], 0.3, numpy_generator(0, "known")
-        )
+def test_members_and_relations_show_without_noise_and_not_under_much() -> None:
+    """A small model that overfits random triples; under noise at z = 100 the attacks are left with a guess.
+
+    With the target's own relation embeddings as references all but all relations are named: the most that can leak.
+    """
+    auc, named, own = {}, {}, {}
+    for noise in ("none", "client"):
+        experiment, records, runtime = _watch(**{"privacy.noise": noise, "privacy.noise_multiplier": 100.0})
+        data, seen = experiment.clients[0], records.by_server[0]
+        known, rest = known_triples(data, 0.3, numpy_generator(0, "known"))
+        found = infer_membership("complex", seen, data, known, rest)
         assert set(found) == {"affinity", "movement", "fitted"}
         auc[noise] = found["fitted"].auc
-    assert auc["none"] > 0.65
-    assert abs(auc["client"] - 0.5) < 0.2 < auc["none"] - 0.4
+        table = runtime.clients[0].values.params["relation"][0]
+        for references, kept in (
+            (told_by_triples("complex", seen[-1].after, known), named),
+            (told_by_client(data, data, table), own),
+        ):
+            draws = numpy_generator(0, "pairs")
+            kept[noise] = reconstruct_relations("complex", seen[-1].after, data, rest, references, draws)
+    assert auc["none"] > 0.9
+    assert abs(auc["client"] - 0.5) < 0.2
+    assert named["none"].accuracy > 0.8 > 0.5 > named["client"].accuracy
+    assert named["none"].links.auc > 0.8 > 0.6 > named["client"].links.auc
+    assert own["none"].accuracy > 0.95
+    assert named["none"].majority < 0.5
 
 
-def test_relations_are_reconstructed_without_noise_and_not_under_much() -> None:
-    accuracy = {}
-    for noise, changes in {"none": {}, "client": {"privacy.noise_multiplier": 100.0}}.items():
-        experiment, records, runtime = _watch(**changes, **{"privacy.noise": noise, "model.scorer": "complex"})
-        colluding = runtime.clients[1]
-        relations = colluding.values.params["relation"][0]
-        found = reconstruct_relations(
-            "complex",
-            records.by_server[0][-1].after,
-            experiment.clients[0],
-            relations,
-            colluding.data,
-            numpy_generator(0, "pairs"),
-        )
-        accuracy[noise] = found.accuracy
-    assert accuracy["none"] > accuracy["client"] + 0.1
+def test_a_colluding_client_with_other_relations_is_refused() -> None:
+    """The split by relations gives no relation to two clients."""
+    experiment, _, runtime = _watch(0, **{"data.split": "relation"})
+    with pytest.raises(RunError, match="no relation in common"):
+        told_by_client(*experiment.clients, runtime.clients[1].values.params["relation"][0])
 
 
 def test_the_lower_bound_by_hand() -> None:

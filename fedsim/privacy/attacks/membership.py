@@ -27,9 +27,17 @@ from fedsim.privacy.attacks.observation import Observation
 from fedsim.privacy.attacks.quality import AttackQuality, attack_quality
 from fedsim.privacy.attacks.relation_estimate import estimate_relation, score_pairs
 
+HELD_OUT = ("valid", "test")
+
+
+def known_triples(data: ClientData, share: float, draws: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Divide a client's training triples into those that the attacker knows and the rest, int64 [num_triples, 3]."""
+    train = torch.from_numpy(draws.permutation(data.train))
+    return train[: round(share * len(train))], train[round(share * len(train)) :]
+
 
 def infer_membership(
-    scorer: str, seen: Sequence[Observation], data: ClientData, known_share: float, generator: np.random.Generator
+    scorer: str, seen: Sequence[Observation], data: ClientData, known: Tensor, rest: Tensor
 ) -> dict[str, AttackQuality]:
     """Attack one client by all scores.
 
@@ -37,15 +45,12 @@ def infer_membership(
         scorer: of the federation.
         seen: rows of the client, in the order of its entities.
         data: the truth; its triples are of the positions of these rows.
-        known_share: share of the training triples that the attacker knows.
-        generator: chooses them.
+        known: training triples that the attacker knows, int64 [num_known, 3].
+        rest: those that it does not.
     """
-    train = torch.from_numpy(generator.permutation(data.train))
-    known, members = train.split([int(known_share * len(train)), len(train) - int(known_share * len(train))])
-    held = [group.triples[split] for group in data.groups for split in ("valid", "test")]
-    others = torch.from_numpy(np.concatenate(held))
-    told = torch.from_numpy(np.unique(known[:, 1].numpy()))
-    members, others = (part[torch.isin(part[:, 1], told)] for part in (members, others))
+    others = torch.from_numpy(np.concatenate([group.triples[name] for group in data.groups for name in HELD_OUT]))
+    told = known[:, 1].unique()
+    members, others = (part[torch.isin(part[:, 1], told)] for part in (rest, others))
     return {
         "affinity": attack_quality(affinity(seen, members), affinity(seen, others)),
         "movement": attack_quality(movement(seen, members), movement(seen, others)),
