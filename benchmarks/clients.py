@@ -118,7 +118,15 @@ def command(contestant: Contestant, data: JobData, num_rounds: int, flower: Path
         config = fedsim.load_config(overrides={**data.settings(), **changes})
         file = folder / "config.yaml"
         file.write_text(dump_config(config), encoding="utf-8")
-        return [str(Path(sys.executable).with_name("fedsim")), "run", str(file), "--output", str(folder / "run")]
+        return [
+            str(Path(sys.executable).with_name("fedsim")),
+            "run",
+            str(file),
+            "--output",
+            str(folder / "run"),
+            "--report.html",
+            "false",
+        ]
     job = Job(str(data.array), num_rounds=num_rounds, num_epochs=epochs, own_rows=contestant.own_rows)
     programs = {
         "loop": [sys.executable, str(HERE / "transe_job.py")],

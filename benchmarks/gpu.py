@@ -50,7 +50,15 @@ def run_way(data: JobData, settings: Mapping[str, Any], num_rounds: int, folder:
     changes = {**data.settings(), **COSTLY, **settings, "federation.num_rounds": num_rounds + 2}
     file = folder / "config.yaml"
     file.write_text(dump_config(fedsim.load_config(overrides=changes)), encoding="utf-8")
-    words = [str(Path(sys.executable).with_name("fedsim")), "run", str(file), "--output", str(folder / "run")]
+    words = [
+        str(Path(sys.executable).with_name("fedsim")),
+        "run",
+        str(file),
+        "--output",
+        str(folder / "run"),
+        "--report.html",
+        "false",
+    ]
     return watch(words, {"OMP_NUM_THREADS": "1"}).round_seconds[:-1]
 
 

@@ -93,7 +93,7 @@ def run_job(job: MemoryJob, num_rounds: int, sheet: Sheet) -> tuple[list[str], l
         file.write_text(dump_config(config), encoding="utf-8")
         fedsim_command = str(Path(sys.executable).with_name("fedsim"))
         sheet.progress(f"{job.title} ...")
-        words = [fedsim_command, "run", str(file), "--output", str(Path(name) / "run")]
+        words = [fedsim_command, "run", str(file), "--output", str(Path(name) / "run"), "--report.html", "false"]
         seen = watch(words, ENVIRONMENT, memory=True, timeout_seconds=3600)
     assert seen.peak is not None, "memory was sampled"
     peak = seen.peak.total_bytes
