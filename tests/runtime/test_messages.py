@@ -330,7 +330,6 @@ def _readable(annotation: Any) -> str:
     for prefix in (
         "torch.",
         "pathlib.",
-        "fedsim.federated.message_checks.",
         "fedsim.federated.messages.",
         "fedsim.federated.aggregation.",
         "fedsim.federated.message_checks.",
