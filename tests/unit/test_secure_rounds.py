@@ -42,6 +42,7 @@ def _rounds(overrides: dict[str, Any], num_rounds: int = 2) -> InProcessRuntime:
         {"federation.strategy": "fedr"},
         {"federation.strategy": "mmfed3", "model.imputer": "diffusion"},
         {"federation.strategy": "fede", "communication.dtype": "float16"},
+        {"federation.strategy": "fede", "privacy.noise": "client"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
