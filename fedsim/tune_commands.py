@@ -11,7 +11,7 @@ import click
 from fedsim.cli_options import ConfigCommand, config_options, current_overrides
 from fedsim.report.console import make_console, show_rows, shown_path
 
-OWN_OPTIONS = ("output",)  # config options that a sweep has others for
+OWN_OPTIONS = ("output", "storage")  # config options that a sweep has others for, or none
 WITH_RESUME = ("folder", "retry_failed")  # what `--resume` goes with
 
 Start = Callable[[str, Path, Path | None, Mapping[str, Any], Mapping[str, Any]], bool]
@@ -22,44 +22,36 @@ Spaces = Callable[[], list[list[str]]]
 """Returns the shipped search spaces: name, title, what is varied."""
 
 
-def tune_command(start: Start, go_on: GoOn, spaces: Spaces) -> click.Command:
-    """Make the command; what runs a sweep is given from outside, for this layer does not know Ray."""
-
-    @click.command(cls=ConfigCommand)
-    @click.argument("space", required=False, metavar="[SPACE]")
-    @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Folder of the sweep.")
-    @click.option("--config", type=click.Path(path_type=Path), help="Config that the trials begin with.")
-    @click.option(
-        "--trials", type=click.IntRange(min=1), help="Number of trials.  [default: a whole grid, else 16; pbt 4]"
-    )
-    @click.option("--scheduler", type=click.Choice(["asha", "none", "pbt"]), default="asha", show_default=True)
-    @click.option("--search", type=click.Choice(["grid", "random", "optuna"]), default="random", show_default=True)
-    @click.option("--concurrent", type=click.IntRange(min=1), help="Trials at a time, each with its share of the CPUs.")
-    @click.option(
+SCHEDULERS, SEARCHES = click.Choice(["asha", "none", "pbt"]), click.Choice(["grid", "random", "optuna"])
+FOLDER, COUNT = click.Path(path_type=Path, file_okay=False), click.IntRange(min=1)
+OPTIONS = (
+    click.option("--output", type=FOLDER, help="Folder of the sweep."),
+    click.option("--config", type=click.Path(path_type=Path), help="Config that the trials begin with."),
+    click.option("--trials", type=COUNT, help="Number of trials.  [default: a whole grid, else 16; pbt 4]"),
+    click.option("--scheduler", type=SCHEDULERS, default="asha", show_default=True),
+    click.option("--search", type=SEARCHES, default="random", show_default=True),
+    click.option("--concurrent", type=COUNT, help="Trials at a time, each with its share of the CPUs."),
+    click.option(
         "--max-failures", type=click.IntRange(min=0), default=2, show_default=True, help="Retries of a trial."
-    )
-    @click.option(
-        "--grace-rounds", type=click.IntRange(min=1), default=2, show_default=True, help="asha: least rounds."
-    )
-    @click.option(
+    ),
+    click.option("--grace-rounds", type=COUNT, default=2, show_default=True, help="asha: least rounds."),
+    click.option(
         "--reduction-factor",
         type=click.FloatRange(min=1, min_open=True),
         default=3.0,
         show_default=True,
         help="asha: one trial of so many goes on.",
-    )
-    @click.option(
-        "--pbt-interval", type=click.IntRange(min=1), default=3, show_default=True, help="pbt: rounds between changes."
-    )
-    @click.option(
-        "--resume",
-        "folder",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Continue the sweep in this folder.",
-    )
-    @click.option("--retry-failed", is_flag=True, help="With --resume: try failed trials again.")
-    @click.option("--list", "listing", is_flag=True, help="Show the search spaces that come with fedsim.")
-    @config_options
+    ),
+    click.option("--pbt-interval", type=COUNT, default=3, show_default=True, help="pbt: rounds between changes."),
+    click.option("--resume", "folder", type=FOLDER, help="Continue the sweep in this folder."),
+    click.option("--retry-failed", is_flag=True, help="With --resume: try failed trials again."),
+    click.option("--list", "listing", is_flag=True, help="Show the search spaces that come with fedsim."),
+)
+
+
+def tune_command(start: Start, go_on: GoOn, spaces: Spaces) -> click.Command:
+    """Make the command; what runs a sweep is given from outside, for this layer does not know Ray."""
+
     def tune(space: str | None, output: Path | None, listing: bool, **options: Any) -> None:
         """Try values of the config, each trial a federation of its own, and find the best by validation MRR.
 
@@ -78,31 +70,35 @@ def tune_command(start: Start, go_on: GoOn, spaces: Spaces) -> click.Command:
         if listing:
             show_rows("Search spaces", ["space", "what", "varies"], spaces(), make_console())
             return
-        if options["folder"] is not None:
+        folder = options["folder"]
+        if folder is not None:
             _refuse_beside_resume()
-            well = _carry_out(lambda: go_on(options["folder"], options["retry_failed"]), options["folder"])
+            well = _carry_out(lambda: go_on(folder, options["retry_failed"]), folder)
         else:
             if space is None:
                 raise click.UsageError("give a search space (--list shows those that come with fedsim), or --resume")
             if output is None:
                 raise click.UsageError("give --output, the folder of the sweep")
-            settings = {
-                "scheduler": options["scheduler"],
-                "search": options["search"],
-                "num_trials": options["trials"],
-                "concurrent": options["concurrent"],
-                "max_failures": options["max_failures"],
-                "grace_rounds": options["grace_rounds"],
-                "reduction_factor": options["reduction_factor"],
-                "interval": options["pbt_interval"],
-            }
-            changes = current_overrides()
+            changes, settings = current_overrides(), _settings(options)
             well = _carry_out(lambda: start(space, output, options["config"], changes, settings), output)
         if not well:
             click.get_current_context().exit(1)
 
-    tune.params = [option for option in tune.params if option.expose_value or option.name not in OWN_OPTIONS]
-    return tune
+    function: Callable[..., Any] = config_options(tune)
+    for option in reversed(OPTIONS):
+        function = option(function)
+    command = click.command(cls=ConfigCommand)(click.argument("space", required=False, metavar="[SPACE]")(function))
+    command.params = [option for option in command.params if option.expose_value or option.name not in OWN_OPTIONS]
+    return command
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as `tune.plan.Settings` has them."""
+    names = ("scheduler", "search", "concurrent", "max_failures", "grace_rounds", "reduction_factor")
+    return {name: options[name] for name in names} | {
+        "num_trials": options["trials"],
+        "interval": options["pbt_interval"],
+    }
 
 
 def _carry_out(work: Callable[[], bool], folder: Path) -> bool:

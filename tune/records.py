@@ -88,6 +88,7 @@ class Records:
     def __init__(self, plan: SweepPlan, trials: Sequence[Trial]) -> None:
         self.plan = plan
         self.trials = {trial.id: trial for trial in trials}
+        self.ended: dict[str, Progress] = {}  # of trials whose runs are read no more
 
     @classmethod
     def read(cls, plan: SweepPlan, trials: Sequence[Trial]) -> "Records":
@@ -116,7 +117,12 @@ class Records:
 
     def progress(self, trial: Trial) -> Progress:
         """Return what a trial's run has come to."""
-        return read_progress(self.plan.run_folder(trial.id))
+        if trial.id in self.ended and trial.status in ENDED:
+            return self.ended[trial.id]
+        found = read_progress(self.plan.run_folder(trial.id))
+        if trial.status in ENDED:
+            self.ended[trial.id] = found
+        return found
 
     def history(self, trial: Trial) -> list[tuple[int, float]]:
         """Return the rounds of a trial that were validated, with their validation MRR."""

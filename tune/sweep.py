@@ -103,7 +103,11 @@ def _run(
     random.seed(plan.seed)  # Ray's population based training draws from the global generators
     np.random.seed(plan.seed % (1 << 32))  # noqa: NPY002
     settings, share = plan.settings, _share_cpus(plan, nodes)
-    at_a_time = most_at_a_time(reservations, nodes)
+    at_a_time: int | None = most_at_a_time(reservations, nodes)
+    if settings.concurrent is not None:
+        at_a_time = min(at_a_time or 1, settings.concurrent)
+    if settings.scheduler == "pbt":
+        at_a_time = None  # Tune would count members that wait for others, and never begin the rest
 
     def resources(config: dict[str, Any]) -> ray_tune.PlacementGroupFactory:
         return reserve(plan.config(config["trial"]["params"]), share).factory
@@ -117,7 +121,7 @@ def _run(
             scheduler=_scheduler(plan, records),
             search_alg=search,
             num_samples=num_samples,
-            max_concurrent_trials=min(at_a_time, settings.concurrent or at_a_time),
+            max_concurrent_trials=at_a_time,
             reuse_actors=True,  # spares each trial a process that imports torch
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
