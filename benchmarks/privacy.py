@@ -117,21 +117,22 @@ COLUMNS += tuple(
 )
 
 
-def settings_of(epsilons: Sequence[float]) -> Iterator[Setting]:
+def settings_of(noises: Sequence[str], epsilons: Sequence[float]) -> Iterator[Setting]:
     """List what is run, first without noise."""
     yield Setting("none", "", None)
     yield Setting("none (client)", "", None)
-    for noise, unit in (("client", "entity"), ("client", "client"), ("server", "entity"), ("server", "client")):
-        for epsilon in epsilons:
-            yield Setting(noise, unit, epsilon)
+    for noise in noises:
+        for unit in ("entity", "client"):
+            for epsilon in epsilons:
+                yield Setting(noise, unit, epsilon)
 
 
-def attack_tables(base: Callable[..., Config], epsilons: Sequence[float], sheet: Sheet) -> None:
+def attack_tables(base: Callable[..., Config], settings: Sequence[Setting], sheet: Sheet) -> None:
     """Run all settings and print what the attacks find, and the test MRR that is left."""
     plain: tuple[Experiment, InProcessRuntime, Records, float] | None = None
     bounds: dict[str, float] = {}
     rows = []
-    for setting in settings_of(epsilons):
+    for setting in settings:
         if setting.epsilon is None:
             if plain is None:
                 experiment = prepare(base())
@@ -205,6 +206,7 @@ def audit_table(num_runs: int, sheet: Sheet) -> None:
 @click.option("--dim", default=64, show_default=True)
 @click.option("--scorer", "scorers", multiple=True, default=("complex", "transe_l2"), show_default=True)
 @click.option("--epsilon", "epsilons", multiple=True, type=float, default=(1000.0, 100.0, 10.0), show_default=True)
+@click.option("--noise", "noises", multiple=True, type=click.Choice(["client", "server"]), default=("client", "server"))
 @click.option("--audit-runs", default=2000, show_default=True, help="with and without the canary; 0 leaves it out")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--markdown", type=click.Path(path_type=Path), help="write the tables there too")
@@ -217,6 +219,7 @@ def main(
     dim: int,
     scorers: tuple[str, ...],
     epsilons: tuple[float, ...],
+    noises: tuple[str, ...],
     audit_runs: int,
     seed: int,
     markdown: Path | None,
@@ -245,7 +248,7 @@ def main(
         def base(scorer: str = scorer, **changes: Any) -> Config:
             return make_config({}, {**fixed, "model.scorer": scorer, **changes})
 
-        attack_tables(base, epsilons, sheet)
+        attack_tables(base, list(settings_of(noises, epsilons)), sheet)
     if audit_runs:
         audit_table(audit_runs, sheet)
     sheet.close()
