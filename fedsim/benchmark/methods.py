@@ -77,8 +77,8 @@ def _reference(name: str, strategy: str, fusion: str, title: str, source: str, *
 
 
 def _variant(group: str, variant: Variant) -> Method:
-    settings = _settings("mmfed3", IMPUTERS[variant.base.removeprefix("mmfed3-")], "gate") | variant.settings
-    return Method(variant.name, (group,), settings, variant.title, "-", variant_of=variant.base)
+    base = _settings("mmfed3", IMPUTERS[variant.base.removeprefix("mmfed3-")], "gate")
+    return Method(variant.name, (group,), {**base, **variant.settings}, variant.title, "-", variant_of=variant.base)
 
 
 _ALL = (

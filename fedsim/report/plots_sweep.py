@@ -131,12 +131,12 @@ def schedule_steps(key: str, parameter: str, trials: Sequence[Trial], best: str)
     """Plot how a population's value of a parameter changed over the rounds."""
     rows = []
     for trial in trials:
-        steps = [(item["round"], item["params"].get(parameter)) for item in trial["schedule"]]
-        if trial["rounds"] > steps[-1][0]:
-            steps.append((trial["rounds"], steps[-1][1]))
+        changes = [(item["round"], item["params"].get(parameter)) for item in trial["schedule"]]
+        if trial["rounds"] > changes[-1][0]:
+            changes.append((trial["rounds"], changes[-1][1]))
         rows += [
             {"round": round_num, "value": value, "trial": trial["id"], "best": trial["id"] == best}
-            for round_num, value in steps
+            for round_num, value in changes
         ]
     encoding: Spec = {
         "x": number("round", "round", axis={"format": "d", "tickMinStep": 1, "grid": False}, scale={"nice": False}),
