@@ -146,7 +146,7 @@ def _is(cell: Cell, attack: str | None, aggregator: str, share: float) -> bool:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="where the runs are kept")
 @click.option("--data", default="cn_visual", show_default=True)
 @click.option("--clients", default=20, show_default=True)
-@click.option("--rounds", default=10, show_default=True)
+@click.option("--rounds", default=30, show_default=True)
 @click.option("--seeds", default=1, show_default=True, help="seeds 0 .. n-1")
 @click.option("--share", "shares", multiple=True, type=click.FloatRange(0.01, 0.49), default=(0.1, 0.2))
 @click.option("--attack", "attacks", multiple=True, type=click.Choice(list(ATTACKS)), help="these alone")

@@ -96,6 +96,29 @@ PLACEMENTS = [
         3,
         id="relations federated, FedE's protocol, 3 clients, dedicated",
     ),
+    pytest.param(
+        {
+            "data__num_clients": 5,
+            "federation__aggregator": "trimmed_mean",
+            "adversary__attack": "alie",
+            "adversary__clients": [1, 3],
+            "adversary__strength": 1.5,
+        },
+        {"placement": "pooled", "num_actors": 2},
+        2,
+        id="a robust aggregator and attackers who collude, 5 clients in 2 actors",
+    ),
+    pytest.param(
+        {
+            "adversary__attack": "boost",
+            "adversary__clients": [1],
+            "adversary__strength": 1e8,
+            "federation__max_failed_clients": 1,
+        },
+        {"placement": "pooled", "num_actors": 2},
+        2,
+        id="updates that are rejected where they are summed, 3 clients in 2 actors",
+    ),
 ]
 
 
