@@ -21,6 +21,7 @@ from fedsim.evaluation.consistency import ConsistencySums, merge_sums
 from fedsim.federated.aggregation import PartialSums, RoundSums, SumShape
 from fedsim.federated.client import Client
 from fedsim.federated.client_batch import evaluate_clients, measure_clients, train_clients
+from fedsim.federated.failures import unchanged_on_failure
 from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientHello, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
@@ -47,9 +48,10 @@ class _ClientActor:
         name: of the actor.
         config: the experiment.
         scratch: folder for the state of clients that are not at work; None keeps it in memory.
+        num_restarts: actors before this one that held the same clients and died.
     """
 
-    def __init__(self, name: str, config: Config, scratch: str | None = None) -> None:
+    def __init__(self, name: str, config: Config, scratch: str | None = None, num_restarts: int = 0) -> None:
         self.name, self.config = name, config
         self.round_num = 0
         self.clients: dict[int, Client] = {}
@@ -64,7 +66,7 @@ class _ClientActor:
         share_tensors()
         settle_process(config.runtime.torch_threads)
         set_aside_imports()
-        self.watch = watch_actor(name, lambda: len(self.clients))
+        self.watch = watch_actor(name, num_restarts, lambda: len(self.clients))
         # Private data is read from Ray's shared memory, and never written.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
@@ -85,8 +87,19 @@ class _ClientActor:
         )
 
     @ray.method
-    def add_clients(self, data: Sequence[ClientData], names: Sequence[str], *matrices: np.ndarray[Any, Any]) -> None:
-        """Make clients of their data; feature matrices come apart, read in place by all actors of a node."""
+    def add_clients(
+        self,
+        data: Sequence[ClientData],
+        shape: SumShape | None,
+        names: Sequence[str],
+        *matrices: np.ndarray[Any, Any],
+    ) -> None:
+        """Make clients of their data; feature matrices come apart, read in place by all actors of a node.
+
+        Clients that are here already start anew. The shape of a round's sums is not known before all clients are.
+        """
+        self._abandon()
+        self.shape = shape
         self.matrices = dict(zip(names, matrices, strict=True))
         for item in data:
             self._add(item)
@@ -245,7 +258,7 @@ class _ClientActor:
             self.round_num = round_num
             collect_garbage()  # of the round before
         held = [self.clients[client] for client in clients]
-        with self.watch.timed("train"), self.shelf.at_work(held):
+        with self.watch.timed("train"), self.shelf.at_work(held), unchanged_on_failure(held, self.config):
             return self.part_size.run(
                 held,
                 f"training in round {round_num}",
@@ -254,12 +267,18 @@ class _ClientActor:
 
     def _restore(self, states: Mapping[int, Params]) -> None:
         """Put clients back to the state of a checkpoint."""
+        self._abandon()
         with self.shelf.at_work([self.clients[client] for client in states]):
             for client, state in states.items():
                 self.clients[client].load_state(state)
 
+    def _abandon(self) -> None:
+        """Forget what a round that is not finished has left here."""
+        self.sums = self.masked = self.consistency = None
+
     def _add(self, data: ClientData) -> Client:
         """Make a client of its data and the matrices of the node."""
+        self.shelf.forget(data.client)
         client = make_client(with_matrices(data, self.matrices), self.config, self._device())
         self.clients[data.client] = client
         return client

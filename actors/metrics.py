@@ -16,7 +16,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
-import ray
 import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -48,10 +47,10 @@ METRICS = {
     "fedsim_bytes_up": Metric("counter", "bytes that clients sent"),
     "fedsim_bytes_down": Metric("counter", "bytes that clients were sent"),
     "fedsim_clients_trained": Metric("gauge", "clients that took part in the last round"),
-    "fedsim_clients_late": Metric("gauge", "clients of the last round that missed its (virtual) deadline"),
-    "fedsim_clients_failed": Metric("gauge", "clients of an actor whose work failed, which stops the run"),
+    "fedsim_clients_late": Metric("gauge", "clients of the last round that missed its deadline, virtual or real"),
+    "fedsim_clients_failed": Metric("gauge", "clients that the last round went on without, or of an actor that fails"),
     "fedsim_clients_alive": Metric("gauge", "clients that a living actor holds", ("actor",)),
-    "fedsim_actor_restarted": Metric("gauge", "1 if Ray has restarted the actor, else 0", ("actor",)),
+    "fedsim_actor_restarted": Metric("gauge", "times that the actor died and was replaced", ("actor",)),
     "fedsim_queue_length": Metric("gauge", "batches of clients that wait for the actor or are with it", ("actor",)),
     "fedsim_call_seconds": Metric("histogram", "seconds that actors took for a batch of clients", ("phase",)),
     "fedsim_host_memory_bytes": Metric("gauge", "memory of the process that it shares with no other", ("actor",)),
@@ -182,7 +181,10 @@ class RunMetrics:
         watch.add("fedsim_bytes_up", row["bytes_up"])
         watch.add("fedsim_bytes_down", row["bytes_down"])
         watch.set("fedsim_clients_trained", row["num_trained"])
-        watch.set("fedsim_clients_late", len(taking_part.get("late", ())))
+        failed = row.get("failed", ())
+        late = [failure for failure in failed if failure["reason"] == "late"]
+        watch.set("fedsim_clients_failed", len(failed))
+        watch.set("fedsim_clients_late", len(taking_part.get("late", ())) + len(late))
         self.measured(row.get("imputation", {}), row.get("consistency", {}))
 
     def _client(self, row: Mapping[str, Any]) -> None:
@@ -212,13 +214,12 @@ class WatchedTimeline(Timeline):
             self._failed(actor)
 
 
-def watch_actor(name: str, num_clients: Callable[[], int] | None = None) -> Watch:
-    """Tell of the actor that calls this; a client actor tells how many clients it holds."""
-    restarted = float(bool(ray.get_runtime_context().was_current_actor_reconstructed))
+def watch_actor(name: str, num_restarts: int, num_clients: Callable[[], int] | None = None) -> Watch:
+    """Tell of the actor that calls this: how often it died before and, of a client actor, how many clients it holds."""
 
     def sample() -> dict[str, float]:
         clients = {"fedsim_clients_alive": num_clients()} if num_clients is not None else {}
-        return {"fedsim_actor_restarted": restarted, **clients, **process_memory()}
+        return {"fedsim_actor_restarted": num_restarts, **clients, **process_memory()}
 
     return Watch(run_label(name), sample, actor=actor_label(name))
 

@@ -26,6 +26,7 @@ class Share:
     """Where the actors of a federation go; without a group, wherever there is room."""
 
     plan: PlacementPlan
+    with_server: bool
     group: PlacementGroup | None = None
 
     def of_client_actor(self, number: int) -> PlacementGroupSchedulingStrategy | str:
@@ -63,10 +64,11 @@ def take_share(
     if group is not None:
         num_actors = group.bundle_count - int(with_server)
         if _alike(group.bundle_specs, federation_bundles(config, num_actors, with_server=with_server)):
-            return Share(plan_reserved(config, work, num_actors, with_server=with_server), group)
+            return Share(plan_reserved(config, work, num_actors, with_server=with_server), with_server, group)
     nodes, free = settled_resources()
     nodes = with_measured_memory(nodes)
-    return Share(plan_placement(config, work, nodes, free, with_server=with_server, state_bytes=state_bytes))
+    plan = plan_placement(config, work, nodes, free, with_server=with_server, state_bytes=state_bytes)
+    return Share(plan, with_server)
 
 
 def free_name(base: str) -> str:

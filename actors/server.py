@@ -38,15 +38,18 @@ class _ServerActor:
         config: the experiment.
         num_rows: size of the global id space of what is shared.
         feature_dims: modality -> width of its features.
+        num_restarts: servers of the run before this one, which died.
     """
 
-    def __init__(self, name: str, config: Config, num_rows: int, feature_dims: Mapping[str, int]) -> None:
+    def __init__(
+        self, name: str, config: Config, num_rows: int, feature_dims: Mapping[str, int], num_restarts: int = 0
+    ) -> None:
         self.name = name
         self.published: ObjectRef[Broadcast] | None = None
         share_tensors()
         settle_process(config.runtime.torch_threads)
         set_aside_imports()
-        self.watch = watch_actor(name)
+        self.watch = watch_actor(name, num_restarts)
         self.server = Server(config, make_strategy(config), num_rows, feature_dims)
 
     def __repr__(self) -> str:

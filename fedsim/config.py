@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedsim.config_types import Count, Positive, Rate, Section, StorageURI, Weight
 from fedsim.dp_config import DifferentialPrivacyConfig
 from fedsim.errors import ConfigError
+from fedsim.faults_config import FaultsConfig
 from fedsim.federation_config import CommunicationConfig, DistillationConfig, FederationConfig, ParticipationConfig
 from fedsim.imputer_config import ImputerConfig
 from fedsim.privacy_config import SecureAggregationConfig
@@ -221,6 +222,7 @@ class Config(Section):
     adversary: AdversaryConfig = AdversaryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    faults: FaultsConfig = FaultsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
     watching: WatchingConfig = WatchingConfig()
@@ -242,6 +244,15 @@ class Config(Section):
             raise ValueError(
                 f"participation.over_selection {self.participation.over_selection:g} asks more clients than a cohort "
                 f"has, but the cohort is everybody: set federation.cohort_size or federation.cohort_fraction"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _late_clients_can_be_left_out(self) -> "Config":
+        if self.faults.round_deadline_seconds is not None and self.checkpoint.every > 1:
+            raise ValueError(
+                f"faults.round_deadline_seconds brings late clients back to the round before, and needs its "
+                f"checkpoint: set checkpoint.every to 1, not {self.checkpoint.every}"
             )
         return self
 

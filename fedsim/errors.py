@@ -20,3 +20,7 @@ class DataError(FedSimError):
 
 class RunError(FedSimError):
     """A run folder, checkpoint or cluster that cannot be used, or a client that failed."""
+
+
+class LostActorError(RunError):
+    """An actor is gone with what it held; from the last checkpoint on, its work can be repeated."""

@@ -18,7 +18,7 @@ class FederationConfig(Section):
         "mean", description="mean, norm_clipping, median, trimmed_mean, krum, multi_krum or bulyan; see robustness"
     )
     max_failed_clients: Annotated[int, Field(ge=0)] = Field(
-        0, description="clients of a round whose update may be rejected; with more the run stops and names them"
+        0, description="clients of a round that may fail, or be rejected; with more the run stops and names them"
     )
     proximal_mu: Weight = Field(0.01, description="fedprox: mu of the pull to the model that the server sent")
     contrastive_weight: Weight = Field(0.1, description="fedec: weight of the contrastive term")

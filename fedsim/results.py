@@ -163,6 +163,7 @@ def metric_rows(
     if result.server is not None:
         total["num_aggregated"] = result.server.num_updates
         total["rejected"] = [asdict(rejection) for rejection in result.server.rejected]
+    total["failed"] = [asdict(failure) for failure in result.failures]
     total["unix_seconds"] = time.time()
     if evaluations:
         total["valid"] = metrics_as_json(weighted_mean([item.metrics for item in evaluations]))

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.checkpoint import checkpoint_folder, replace_text, write_failure, write_text
+from fedsim.checkpoint import checkpoint_folder, newest_checkpoint, replace_text, write_failure, write_text
 from fedsim.config import Config, dump_config, load_config
 from fedsim.errors import RunError
 from fedsim.run_storage import RunStorage, local_folder
@@ -104,6 +104,17 @@ class RunFolder:
     def checkpoint(self, round_num: int) -> Path:
         """Return where a round's checkpoint stands."""
         return checkpoint_folder(self.checkpoints, round_num)
+
+    def newest_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """Return the newest whole checkpoint and the progress in it; none if nothing was saved yet.
+
+        Raises:
+            RunError: if there are checkpoints, and none is whole.
+        """
+        if not self.checkpoints.is_dir() or not any(self.checkpoints.glob("round-*")):
+            return None, None
+        checkpoint, manifest = newest_checkpoint(self.checkpoints)
+        return checkpoint, manifest["progress"]
 
     def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to metrics.jsonl."""

@@ -8,16 +8,17 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedsim.checkpoint import newest_checkpoint, prune_checkpoints, read_manifest, replace_text, write_checkpoint
 from fedsim.config import Config
-from fedsim.errors import RunError
+from fedsim.errors import LostActorError, RunError
 from fedsim.evaluation.ranking import weighted_mean
+from fedsim.federated.failures import Failure, check_failures
+from fedsim.federated.message_checks import Rejection
 from fedsim.federated.participation import Schedule, cohort_size, make_schedule
-from fedsim.federated.reports import ClientEvaluation
 from fedsim.federated.runtime import (
     Experiment,
     InProcessRuntime,
@@ -29,6 +30,7 @@ from fedsim.federated.runtime import (
 )
 from fedsim.privacy.accounting import PrivacyLedger, check_resumed, make_ledger
 from fedsim.process import return_freed_memory
+from fedsim.progress import Progress
 from fedsim.randomness import numpy_generator
 from fedsim.results import (
     ClientResult,
@@ -45,20 +47,6 @@ from fedsim.results import (
     rounds_to_95,
 )
 from fedsim.run_folder import RunFolder
-
-
-@dataclass
-class Progress:
-    """Where the loop stands; saved in each checkpoint's manifest."""
-
-    round_num: int = 0
-    best_round: int | None = None
-    best_mrr: float | None = None
-    evaluations_since_best: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-    privacy: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,13 +114,11 @@ def resume(
     folder, config = RunFolder.open(path)
     if folder.result_file.is_file():
         raise RunError(f"{path} is finished; see it with `fedsim evaluate {path}`, or start another with `fedsim run`")
-    checkpoint, progress = None, Progress()
-    if folder.checkpoints.is_dir() and any(folder.checkpoints.glob("round-*")):
-        checkpoint, manifest = newest_checkpoint(folder.checkpoints)
-        progress = Progress(**manifest["progress"])
-        if progress.best_round is not None and folder.checkpoint(progress.best_round).is_dir():
-            # One that is not there was pruned after a better round, which is about to be done again.
-            _verify_best(folder.checkpoint(progress.best_round))
+    checkpoint, before = folder.newest_checkpoint()
+    progress = Progress() if before is None else Progress(**before)
+    if progress.best_round is not None and folder.checkpoint(progress.best_round).is_dir():
+        # One that is not there was pruned after a better round, which is about to be done again.
+        _verify_best(folder.checkpoint(progress.best_round))
     folder.rewind_metrics(progress.round_num)
     plan, runtime = _start(config, runtime_factory)
     with ExitStack() as last, closing(runtime):
@@ -188,15 +174,12 @@ def _run(
     folder.append_timeline("start", start, runtime.timeline.take())
     error: str | None = "interrupted"
     try:
-        with _recorder(plan, runtime, folder) as record:
-            newest = run_rounds(plan, runtime, folder, progress, observer, record) or checkpoint
-        assert newest is not None, "there is at least one round"
-        assert progress.best_round is not None, "the last round is validated"
-        best = folder.checkpoint(progress.best_round)
-        if best != newest:  # the runtime holds the newest
-            _verify_best(best)
-            runtime.load(best)
-        result = _finish(runtime, plan, folder, progress)
+        result = None
+        while result is None:
+            try:
+                result = _run_to_the_end(plan, runtime, folder, progress, checkpoint, observer)
+            except LostActorError as err:
+                checkpoint, progress = _go_back(runtime, folder, progress, err)
         replace_text(folder.result_file, json.dumps(result_as_json(result), indent=1) + "\n")
         error = None
     except Exception as err:
@@ -206,6 +189,35 @@ def _run(
         folder.append_timeline("stop", progress.round_num, runtime.timeline.take(), error)
     folder.store()
     return result
+
+
+def _run_to_the_end(
+    plan: Plan, runtime: Runtime, folder: RunFolder, progress: Progress, checkpoint: Path | None, observer: Observer
+) -> RunResult:
+    """Run the rounds that are left, and rank the test triples."""
+    with _recorder(plan, runtime, folder) as record:
+        newest = run_rounds(plan, runtime, folder, progress, observer, record) or checkpoint
+    assert newest is not None, "there is at least one round"
+    assert progress.best_round is not None, "the last round is validated"
+    best = folder.checkpoint(progress.best_round)
+    if best != newest:  # the runtime holds the newest
+        _verify_best(best)
+        runtime.load(best)
+    return _finish(runtime, plan, folder, progress)
+
+
+def _go_back(
+    runtime: Runtime, folder: RunFolder, progress: Progress, error: LostActorError
+) -> tuple[Path | None, Progress]:
+    """Bring the runtime to the newest whole checkpoint, or to the start; returns where the loop stands then."""
+    started = time.perf_counter()
+    checkpoint, before = folder.newest_checkpoint()
+    again = Progress() if before is None else Progress(**before)
+    runtime.recover(error, checkpoint, again.round_num)
+    folder.rewind_metrics(again.round_num)
+    took = progress.seconds.get("recovery", 0.0) + time.perf_counter() - started
+    again.seconds["recovery"] = took
+    return checkpoint, again
 
 
 @contextmanager
@@ -242,7 +254,7 @@ def run_rounds(
     checkpoint: Path | None = None
     num_rounds = plan.num_rounds
     for round_num in range(progress.round_num + 1, num_rounds + 1):
-        if _out_of_patience(config, progress):
+        if progress.out_of_patience(config):
             break
         observer.round_started(round_num)
         taking_part = plan.schedule.plan(round_num) if plan.schedule is not None else None
@@ -251,7 +263,7 @@ def run_rounds(
         if not takes_place:
             observer.message(f"round {round_num} is skipped: too few clients, see participation.min_clients")
         result = runtime.train(round_num, cohort) if takes_place else RoundResult([], None, {})
-        _tell_rejections(result, round_num, observer)
+        _tell_failures(config, result, round_num, observer)
         started = time.perf_counter()
         is_last = round_num == num_rounds
         due = round_num % config.evaluation.every == 0 or is_last
@@ -260,13 +272,14 @@ def run_rounds(
         evaluations = runtime.evaluate("valid", round_num, choose=True) if due else []
         seconds = result.seconds | {"evaluate": time.perf_counter() - started}
         measured = _measure_if_due(config, runtime, round_num, seconds)
-        is_best = _advance(progress, round_num, result, evaluations, seconds)
+        is_best = progress.advance(round_num, result, evaluations, seconds)
         progress.privacy = plan.ledger.spent(round_num).as_json() if plan.ledger is not None else None
         rows = metric_rows(round_num, result, evaluations, seconds, taking_part, measured, progress.privacy)
         record(rows)
         started = time.perf_counter()
-        if is_best or is_last or round_num % config.checkpoint.every == 0 or _out_of_patience(config, progress):
+        if is_best or is_last or round_num % config.checkpoint.every == 0 or progress.out_of_patience(config):
             checkpoint = write_checkpoint(folder.checkpoints, round_num, asdict(progress), runtime.save)
+            runtime.kept(checkpoint, round_num)
             prune_checkpoints(folder.checkpoints, config.checkpoint.keep, progress.best_round)
             folder.store()
         progress.seconds["checkpoint"] = progress.seconds.get("checkpoint", 0.0) + time.perf_counter() - started
@@ -281,13 +294,20 @@ def run_rounds(
     return checkpoint
 
 
-def _tell_rejections(result: RoundResult, round_num: int, observer: Observer) -> None:
-    """Name the updates that were rejected, and a round that came to nothing by it."""
-    if result.server is None or not result.server.rejected:
-        return
-    for rejection in result.server.rejected:
-        observer.message(f"rejected ({rejection.reason}): {rejection.message}")
-    if not result.server.num_updates:
+def _tell_failures(config: Config, result: RoundResult, round_num: int, observer: Observer) -> None:
+    """Name clients that failed and updates that were rejected, and a round that came to nothing by it.
+
+    Raises:
+        RunError: if they are more than may be, or too few are left.
+    """
+    rejected = result.server.rejected if result.server is not None else ()
+    faults: list[Failure | Rejection] = [*result.failures, *rejected]
+    for failure in faults:
+        kind = "rejected" if isinstance(failure, Rejection) else "left out"
+        observer.message(f"{kind} ({failure.reason}): {failure.message}")
+    num_updates = result.server.num_updates if result.server is not None else None
+    check_failures(config, round_num, num_updates, result.failures, rejected)
+    if rejected and not num_updates:
         observer.message(f"round {round_num} is not aggregated: too few updates, see participation.min_clients")
 
 
@@ -357,35 +377,6 @@ def _verify_best(best: Path) -> None:
         read_manifest(best)
     except RunError as err:
         raise RunError(f"{err}; the run's best models are lost: start it anew with `fedsim run`") from err
-
-
-def _advance(
-    progress: Progress,
-    round_num: int,
-    result: RoundResult,
-    evaluations: Sequence[ClientEvaluation],
-    seconds: Mapping[str, float],
-) -> bool:
-    """Bring the progress up to date; returns whether this round is the best so far."""
-    progress.round_num = round_num
-    up, down = round_bytes(result)
-    progress.bytes_up += up
-    progress.bytes_down += down
-    for phase, value in seconds.items():
-        progress.seconds[phase] = progress.seconds.get(phase, 0.0) + value
-    if not evaluations:
-        return False
-    mrr = weighted_mean([item.metrics for item in evaluations]).mrr
-    if progress.best_mrr is None or mrr > progress.best_mrr:
-        progress.best_round, progress.best_mrr, progress.evaluations_since_best = round_num, mrr, 0
-        return True
-    progress.evaluations_since_best += 1
-    return False
-
-
-def _out_of_patience(config: Config, progress: Progress) -> bool:
-    patience = config.evaluation.patience
-    return patience is not None and progress.evaluations_since_best >= patience
 
 
 def _client_sizes(experiment: Experiment) -> list[tuple[int, int, int, int, int, int]]:

@@ -13,7 +13,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-import actors.runtime
+import actors.crew
 from actors.client import _ClientActor
 from actors.runtime import RayRuntime, ray_runtime
 from actors.server import _ServerActor
@@ -59,7 +59,7 @@ class _ClientsBesideAGPU(_ClientActor):
 
 def run_on_three_nodes(dataset: Path, folder: Path) -> dict[str, Any]:
     """Run an experiment with a pool; return where its actors were and what the server merged."""
-    actors.runtime.ServerActor = ray.remote(_WatchedServer)  # type: ignore[misc]
+    actors.crew.ServerActor = ray.remote(_WatchedServer)  # type: ignore[misc]
     seen: dict[str, Any] = {}
 
     def factory(experiment: Any) -> RayRuntime:
@@ -84,7 +84,7 @@ def run_on_three_nodes(dataset: Path, folder: Path) -> dict[str, Any]:
 
 def place_beside_gpus(dataset: Path) -> dict[str, Any]:
     """Start and train clients that take half a GPU each; return what they reserved and what was said."""
-    actors.runtime.ClientActor = ray.remote(_ClientsBesideAGPU)  # type: ignore[misc]
+    actors.crew.ClientActor = ray.remote(_ClientsBesideAGPU)  # type: ignore[misc]
     config = small_config(
         dataset,
         Path("unused"),

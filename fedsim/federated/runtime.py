@@ -14,13 +14,14 @@ from fedsim.config import Config
 from fedsim.data.alignment import align_names
 from fedsim.data.clients import ClientData, build_clients, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
-from fedsim.errors import ConfigError, RunError
+from fedsim.errors import ConfigError, FedSimError, LostActorError, RunError
 from fedsim.evaluation.consistency import semantic_consistency, shared_entities
 from fedsim.federated import STRATEGIES, Strategy
 from fedsim.federated.attacks import choose_attackers, poison_clients
 from fedsim.federated.batches import ClientSize, plan_batches
 from fedsim.federated.client import Client
 from fedsim.federated.client_batch import evaluate_clients, measure_clients, train_clients
+from fedsim.federated.failures import Failure, unchanged_on_failure
 from fedsim.federated.gpu_memory import PartSize
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
@@ -68,11 +69,13 @@ class RoundResult:
         reports: of each client of the cohort, in client order.
         server: the server's report; None without federation.
         seconds: phase -> seconds of wall time.
+        failures: clients that the round went on without, in client order.
     """
 
     reports: list[ClientReport]
     server: ServerReport | None
     seconds: dict[str, float]
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,16 @@ class Runtime(Protocol):
         """Write the state of server and clients into a folder."""
         ...
 
+    def kept(self, folder: Path, round_num: int) -> None:
+        """Learn that what `save` wrote last is whole, and where it is."""
+        ...
+
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
+        ...
+
+    def recover(self, error: LostActorError, folder: Path | None, round_num: int) -> None:
+        """After that error, bring everything to the checkpoint of a round, or to the start if there is none."""
         ...
 
     def close(self) -> None:
@@ -178,12 +189,13 @@ class InProcessRuntime:
     """All clients and the server in this process, one after the other."""
 
     def __init__(self, experiment: Experiment) -> None:
-        config = experiment.config
+        config = self.config = experiment.config
         settle_process(config.runtime.torch_threads)
         strategy = make_strategy(config)
         device = client_device(config)
         self.clients = {data.client: make_client(data, config, device) for data in experiment.clients}
         self.part_size = PartSize()
+        self.failures: list[Failure] = []  # of the round
         self.timeline = Timeline()
         self.shelf = Shelf(config.runtime.scratch)
         self.batches = plan_batches(config, client_sizes(experiment))
@@ -202,7 +214,7 @@ class InProcessRuntime:
     def train(self, round_num: int, cohort: Sequence[int]) -> RoundResult:
         """Train the cohort batch by batch; each update is added to the server's sums as it comes."""
         started = time.perf_counter()
-        reports = []
+        reports, self.failures = [], []
         broadcast = self.server.begin_round(round_num) if self.server is not None else None
         if self.server is not None and broadcast is not None and self.secure.config.enabled:
             reports = self._train_masked(self.server, round_num, cohort, broadcast)
@@ -213,12 +225,13 @@ class InProcessRuntime:
                         self.server.receive(update)
                     reports.append(report)
         reports.sort(key=lambda report: report.client)
+        failures = tuple(sorted(self.failures, key=lambda failure: failure.client))
         elapsed = time.perf_counter() - started
         if self.server is None:
-            return RoundResult(reports, None, {"train": elapsed})
+            return RoundResult(reports, None, {"train": elapsed}, failures)
         with self.timeline.span(HERE, f"distilling in round {round_num}"):
             server = self.server.finish_round()
-        return RoundResult(reports, server, phase_seconds(elapsed, server))
+        return RoundResult(reports, server, phase_seconds(elapsed, server), failures)
 
     def deliver(self, round_num: int) -> None:
         """Give every client the server's model."""
@@ -271,6 +284,13 @@ class InProcessRuntime:
                 for number, state in load_clients(members, folder).items():
                     self.clients[number].load_state(state)
 
+    def kept(self, folder: Path, round_num: int) -> None:
+        """Do nothing: what is lost of this process is all of it."""
+
+    def recover(self, error: LostActorError, folder: Path | None, round_num: int) -> None:
+        """Raise the error: there are no actors here."""
+        raise error
+
     def close(self) -> None:
         """Nothing to let go of."""
 
@@ -293,15 +313,26 @@ class InProcessRuntime:
     def _train(
         self, members: Sequence[int], round_num: int, broadcast: Broadcast | None
     ) -> list[tuple[ClientUpdate | None, ClientReport]]:
+        """Train a batch; one that fails leaves its clients as they were, in a run that goes on without them."""
         known = self.part_size.most
         clients = [self.clients[number] for number in members]
         what = f"training in round {round_num}"
-        with self.timeline.span(HERE, what), self.shelf.at_work(clients):
-            results = self.part_size.run(
-                clients,
-                what,
-                lambda part: train_clients(part, round_num, broadcast),
-            )
+        try:
+            with (
+                self.timeline.span(HERE, what),
+                self.shelf.at_work(clients),
+                unchanged_on_failure(clients, self.config),
+            ):
+                results = self.part_size.run(
+                    clients,
+                    what,
+                    lambda part: train_clients(part, round_num, broadcast),
+                )
+        except FedSimError as err:
+            if self.config.federation.max_failed_clients == 0:
+                raise
+            self.failures += [Failure(number, round_num, "error", str(err)) for number in members]
+            results = []
         if self.part_size.most != known:
             logger.warning(
                 "the GPU ran out of memory in round %d: clients of a batch train %d at once from now on, which changes "

@@ -176,6 +176,7 @@ class Server:
             )
         self.global_model = GlobalModel(state["entity"], select_view(state, "modules"), prototypes)
         self.client_rows = {int(client): rows for client, rows in select_view(state, "clients").items()}
+        self.colluders = Colluders(self.config)  # without updates of a round that was given up
 
     def sum_shape(self) -> SumShape:
         """Return what sums need to know, once all clients are registered."""

@@ -29,8 +29,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def _running(dataset: Path) -> Iterator[RayRuntime]:
-    made = ray_runtime(prepare(small_config(dataset, Path("run"), data__num_clients=2)))
+def _running(dataset: Path, **changes: Any) -> Iterator[RayRuntime]:
+    made = ray_runtime(prepare(small_config(dataset, Path("run"), data__num_clients=2, **changes)))
     with closing(made):
         assert isinstance(made, RayRuntime)
         yield made
@@ -124,16 +124,16 @@ def test_what_the_cluster_or_a_client_cannot_do(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_who_dies_is_named_with_the_round(dataset: Path) -> None:
-    client = r"client 1 \(actor fedsim/run.*/client-00001\) died, training in round 2; cause: "
-    server = r"the server \(actor fedsim/run.*/server\) died, opening round 3; cause: "
-    with _running(dataset) as runtime:
+    client = r"client 1 \(actor fedsim/run.*/client-00001 on node .*\) died, training in round 2; cause: "
+    server = r"the server \(actor fedsim/run.*/server on node .*\) died, opening round 3; cause: "
+    with _running(dataset, faults__max_restarts=0) as runtime:
         runtime.train(1, [0, 1])
         os.kill(runtime.pool[1].pid, signal.SIGKILL)
         with pytest.raises(RunError, match=client) as err:
             runtime.train(2, [0, 1])
         assert "continue with `fedsim resume RUN`" in str(err.value)
         assert "\n" not in str(err.value)
-        os.kill(runtime.server_pid, signal.SIGKILL)
+        os.kill(runtime.crew.server_pid, signal.SIGKILL)
         with pytest.raises(RunError, match=server):
             runtime.train(3, [0])
 
@@ -185,7 +185,7 @@ def test_a_gpu_without_memory_for_a_batch_is_said_once_per_size(
     def trained(num_clients: int, at_once: int) -> list[str]:
         caplog.clear()
         call = Call("x", "run/pool-0", "node", "training in round 2", lambda: None, tuple(range(num_clients)))
-        runtime._say_parts(call, at_once)
+        runtime.crew.say_parts(call, at_once)
         return caplog.messages
 
     assert trained(8, 8) == []

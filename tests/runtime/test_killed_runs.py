@@ -1,13 +1,18 @@
 """Runs that are killed or interrupted in mid-round, and what `fedsim resume` makes of them."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import kill_points
 from builders import write_tiny_dataset
 from fedsim import cli, simulation
+from kill_points import POINTS
 from processes import alive, descendants, end, fedsim, titles, wait_until
 from runs import num_rounds_done, outcome, small_config, small_options
 
@@ -88,3 +93,42 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(dataset: Path, tmp_path: Path
     assert "Traceback" not in output
     assert wait_until(lambda: not any(alive(pid) for pid in started)), "processes are left"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def killed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kill a run of three rounds at each point of its second one."""
+    folder = tmp_path_factory.mktemp("points")
+    program = Path(kill_points.__file__)
+    paths = os.pathsep.join([str(program.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(program), str(dataset), str(folder)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == dict.fromkeys(POINTS, -signal.SIGKILL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken_three(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("unbroken") / "three"
+    simulation.run(small_config(dataset, folder))
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_killed_at_any_point_of_a_round_resumes_to_the_same_bits(
+    point: str, killed: Path, unbroken_three: dict[str, object]
+) -> None:
+    run = killed / point
+    whole = [path.name for path in sorted((run / "checkpoints").glob("round-*"))]
+    assert whole == ["round-00001"]
+    assert bool(list((run / "checkpoints").glob(".*"))) == (point == "during the checkpoint")
+    simulation.resume(run)
+    assert outcome(run) == unbroken_three
+    assert not list(run.rglob("*.tmp*"))
