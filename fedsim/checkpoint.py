@@ -124,6 +124,7 @@ def write_checkpoint(checkpoints: Path, round_num: int, progress: dict[str, Any]
         files = {path.name: sha256_file(path) for path in sorted(temporary.glob("*.safetensors"))}
         manifest = {"format_version": FORMAT_VERSION, "round": round_num, "progress": progress, "sha256": files}
         write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        sync_folder(temporary)  # its entries: they must not come to the disk later than its new name
         if final.exists():  # left by a run that was cut off between the rename and its next line
             shutil.rmtree(final)
         temporary.rename(final)
@@ -200,6 +201,7 @@ def replace_text(path: Path, text: str) -> None:
     try:
         write_text(temporary, text)
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as err:
         temporary.unlink(missing_ok=True)
         raise RunError(write_failure(path, str(err.strerror or err), err.errno)) from err

@@ -3,6 +3,9 @@
 import errno
 import json
 import logging
+import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,3 +187,70 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         replace_text(path, "new and longer")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses power finds the checkpoint whole or not at all, and the name of a whole one stays."""
+    steps: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(handle: int) -> None:
+        steps.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    def watched_rename(path: Path, target: Path) -> Path:
+        steps.append(f"rename {path.name} to {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    _write(tmp_path, 1)
+    assert steps == [
+        "sync server.safetensors",
+        "sync clients-00003.safetensors",
+        "sync manifest.json",
+        "sync .round-00001.tmp",
+        "rename .round-00001.tmp to round-00001",
+        "sync checkpoints",
+    ]
+    steps.clear()
+    replace_text(tmp_path / "result.json", "{}")
+    assert steps == ["sync .result.json.tmp", f"sync {tmp_path.name}"]
+
+
+def test_a_kill_while_an_old_one_is_deleted_leaves_the_newer_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = _write(tmp_path, 1, 2, 3)
+
+    def cut_off(folder: Path) -> None:
+        (folder / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(checkpoints, 2, None)
+    assert newest_checkpoint(checkpoints)[0].name == "round-00003"
+    prune_checkpoints(checkpoints, 2, None)
+    assert [folder.name for folder in list_checkpoints(checkpoints)] == ["round-00003", "round-00002"]
+
+
+def test_a_disk_that_takes_no_more_leaves_the_one_before(tmp_path: Path) -> None:
+    """The system itself refuses to write, here any file of more than 4 kB."""
+    checkpoints = _write(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(RunError, match=r"server.safetensors cannot be written: .*`fedsim resume"):
+            write_checkpoint(
+                checkpoints, 2, {}, lambda folder: save_tensors({"a": torch.zeros(10_000)}, server_file(folder))
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in checkpoints.iterdir()] == ["round-00001"]
+    assert newest_checkpoint(checkpoints)[0].name == "round-00001"
