@@ -30,7 +30,14 @@ from fedsim.evaluation.consistency import shared_entities
 from fedsim.federated.aggregation import SumShape
 from fedsim.federated.batches import plan_batches, predicted_work, state_bytes
 from fedsim.federated.robust import placement_lines, sends_singly
-from fedsim.federated.runtime import Experiment, client_sizes, make_strategy, num_shared, sampled
+from fedsim.federated.runtime import (
+    Experiment,
+    client_sizes,
+    make_strategy,
+    num_module_numbers,
+    num_shared,
+    sampled,
+)
 from fedsim.federated.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -236,7 +243,8 @@ class Crew:
             for batch in plan_batches(self.config, sizes)
         }
         in_memory = sizes.values() if self.config.runtime.scratch is None else []
-        kept = sum(state_bytes(self.config, size, len(strategy.views)) for size in in_memory)
+        modules = num_module_numbers(experiment)
+        kept = sum(state_bytes(self.config, size, len(strategy.views), modules) for size in in_memory)
         return take_share(self.config.runtime, work, with_server=strategy.federated, state_bytes=kept)
 
     def _base_name(self, graph_name: str) -> str:

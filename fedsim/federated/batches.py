@@ -40,9 +40,16 @@ def predicted_work(config: Config, size: ClientSize) -> float:
     return float(max(training.local_epochs, 1) * (scored + STEP_ROWS * steps * size.num_entities))
 
 
-def state_bytes(config: Config, size: ClientSize, num_views: int) -> float:
-    """Predict the bytes of what a client keeps: its entity table and the optimizer's two means of it, per view."""
-    return 3.0 * 4 * config.model.dim * size.num_entities * num_views
+def state_bytes(config: Config, size: ClientSize, num_views: int, num_module_numbers: int) -> float:
+    """Predict the bytes of what a client keeps: entity table, modules, and the optimizer's two means, per view.
+
+    Args:
+        config: the experiment.
+        size: of the client.
+        num_views: models that it trains.
+        num_module_numbers: parameters of a model's modules; those of the imputer, most of them, have a moving average.
+    """
+    return 4.0 * num_views * (3 * config.model.dim * size.num_entities + 4 * num_module_numbers)
 
 
 def plan_batches(config: Config, sizes: Mapping[int, ClientSize]) -> tuple[tuple[int, ...], ...]:

@@ -348,6 +348,13 @@ def client_sizes(experiment: Experiment) -> dict[int, ClientSize]:
     return {data.client: ClientSize(len(data.entity_ids), len(data.train)) for data in experiment.clients}
 
 
+def num_module_numbers(experiment: Experiment) -> int:
+    """Return how many parameters the modules of one client's model have; the widest client's."""
+    widths = {name: item.matrix.shape[1] for data in experiment.clients for name, item in data.features.items()}
+    modules = ClientModel(experiment.config, widths).init_modules(torch.Generator())
+    return sum(value.numel() for value in modules.values())
+
+
 def num_shared(experiment: Experiment) -> int:
     """Return the size of the global id space of what clients share: entities, or relations."""
     if make_strategy(experiment.config).shares == "entity":

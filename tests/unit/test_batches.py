@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import small_experiment
 from fedsim.config import make_config
 from fedsim.federated.batches import ClientSize, plan_batches, predicted_work, state_bytes
+from fedsim.federated.runtime import InProcessRuntime, client_sizes, num_module_numbers
 
 SIZES = {0: ClientSize(10, 90), 1: ClientSize(500, 900), 2: ClientSize(11, 80), 3: ClientSize(480, 900)}
 
@@ -48,8 +50,22 @@ def test_work_by_hand() -> None:
 
 
 def test_state_by_hand() -> None:
-    """Ten rows of 8 floats, three times, in two views: 10 * 8 * 4 * 3 * 2 bytes."""
-    assert state_bytes(make_config({"model": {"dim": 8}}), SIZES[0], 2) == 1920.0
+    """Ten rows of 8 floats, three times, in two views: 10 * 8 * 4 * 3 * 2 bytes; and 5 numbers of modules, four times."""
+    config = make_config({"model": {"dim": 8}})
+    assert state_bytes(config, SIZES[0], 2, 0) == 1920.0
+    assert state_bytes(config, SIZES[0], 2, 5) == 1920.0 + 5 * 4 * 4 * 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"federation.strategy": "fede", "model.imputer": "zero"}])
+def test_predicted_state_is_about_what_a_client_keeps(settings: dict[str, Any]) -> None:
+    experiment = small_experiment(settings)
+    runtime = InProcessRuntime(experiment)
+    runtime.train(1, list(runtime.clients))
+    sizes, modules = client_sizes(experiment), num_module_numbers(experiment)
+    for number, client in runtime.clients.items():
+        kept = sum(value.numel() * value.element_size() for value in client.state().values())
+        predicted = state_bytes(client.config, sizes[number], len(client.strategy.views), modules)
+        assert 0.6 * kept < predicted < 1.4 * kept
 
 
 @pytest.mark.parametrize(
