@@ -50,7 +50,7 @@ def test_work_by_hand() -> None:
 
 
 def test_state_by_hand() -> None:
-    """Ten rows of 8 floats, three times, in two views: 10 * 8 * 4 * 3 * 2 bytes; and 5 numbers of modules, four times."""
+    """Ten rows of 8 floats, three times, in two views: 10 * 8 * 4 * 3 * 2 bytes; 5 numbers of modules, four times."""
     config = make_config({"model": {"dim": 8}})
     assert state_bytes(config, SIZES[0], 2, 0) == 1920.0
     assert state_bytes(config, SIZES[0], 2, 5) == 1920.0 + 5 * 4 * 4 * 2
