@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedsim.config import load_config
+from fedsim.parsing import parse_yaml
 from tune.plan import Settings, make_plan
 from tune.search_space import load_space, shipped_spaces
 
@@ -29,7 +28,7 @@ def start_sweep(
     tree: dict[str, Any] = {}
     if config is not None:
         load_config(config)  # says what is wrong with it, by its name
-        tree = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        tree = parse_yaml(config.read_text(encoding="utf-8")) or {}
     plan = make_plan(load_space(space), folder, tree, changes, Settings(**settings))
     from tune.sweep import start  # takes time to import: what is wrong with the plan is said before
 

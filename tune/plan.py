@@ -13,6 +13,7 @@ from fedsim.checkpoint import replace_text
 from fedsim.config import Config, make_config
 from fedsim.data.dataset import resolve_dataset
 from fedsim.errors import ConfigError, RunError
+from fedsim.parsing import parse_json
 from tune.search_space import SearchSpace, parse_space
 
 FORMAT_VERSION = 1
@@ -130,7 +131,12 @@ def name_trial(number: int) -> str:
 
 def name_params(params: Mapping[str, Any]) -> str:
     """Write a trial's values in a line."""
-    return ", ".join(f"{name}={value}" for name, value in params.items())
+    return ", ".join(f"{name}={show_value(value)}" for name, value in params.items())
+
+
+def show_value(value: Any) -> str:
+    """Write a value for a table: six digits tell a trial from another."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def make_plan(
@@ -183,7 +189,7 @@ def read_plan(folder: Path) -> SweepPlan:
     if not path.is_file():
         raise RunError(f"{folder} is not a sweep (it has no {PLAN_FILE}); give the folder of a `fedsim tune`")
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = parse_json(path.read_text(encoding="utf-8"))
         found = (plain["format_version"], plain["fedsim"])
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise RunError(f"{path} is damaged ({err}); start the sweep anew in another --output") from err

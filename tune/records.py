@@ -11,8 +11,9 @@ from typing import Any
 from fedsim.checkpoint import replace_text
 from fedsim.config import Config, dump_config, load_config
 from fedsim.errors import RunError
+from fedsim.parsing import parse_json
 from fedsim.run_folder import RunFolder
-from tune.plan import Params, SweepPlan, name_params
+from tune.plan import Params, SweepPlan, name_params, show_value
 from tune.population import LAST, weights_at
 
 RECORD_FILE = "sweep.json"
@@ -97,7 +98,7 @@ class Records:
         path = plan.folder / RECORD_FILE
         if path.is_file():
             try:
-                rows = json.loads(path.read_text(encoding="utf-8"))["trials"]
+                rows = parse_json(path.read_text(encoding="utf-8"))["trials"]
                 found = [Trial(row["id"], row["params"], row["status"], row["error"] or "") for row in rows]
             except (OSError, ValueError, KeyError, TypeError) as err:
                 raise RunError(f"{path} is damaged ({err}); start the sweep anew in another --output") from err
@@ -197,10 +198,12 @@ class Records:
         rows = []
         for item in self.plan.space.parameters:
             groups: dict[str, list[Progress]] = {}
+            if item.kind != "choice":
+                found.sort(key=lambda pair: float(pair[0][item.name]))
             labels = _labels([params[item.name] for params, _ in found], item.kind == "choice")
             for label, (_, done) in zip(labels, found, strict=True):
                 groups.setdefault(label, []).append(done)
-            order = [str(value) for value in item.values] if item.kind == "choice" else list(groups)
+            order = [show_value(value) for value in item.values] if item.kind == "choice" else list(groups)
             rows += [[item.name, label, *_cost_cells(groups[label])] for label in order if label in groups]
         return [header, *rows]
 
@@ -229,7 +232,7 @@ class Records:
     def _cells(self, trial: Trial, done: Progress, names: Sequence[str]) -> list[str]:
         mrr = "-" if done.valid_mrr is None else f"{done.valid_mrr:.4f}"
         each = f"{done.seconds / done.rounds:.2f}" if done.rounds else "-"
-        values = [str(self.params(trial)[name]) for name in names]
+        values = [show_value(self.params(trial)[name]) for name in names]
         return [trial.id, trial.status, str(done.rounds), mrr, f"{done.seconds:.1f}", each, *values]
 
     def _csv_rows(self) -> list[list[Any]]:
@@ -261,7 +264,7 @@ def _cost_cells(group: Sequence[Progress]) -> list[str]:
 def _labels(values: Sequence[Any], choices: bool) -> list[str]:
     """Name the group of each value: the value, or which part of those tried it lies in."""
     if choices or len(set(values)) <= NUM_GROUPS:
-        return [str(value) for value in values]
+        return [show_value(value) for value in values]
     ordered = sorted(values)
     size = -(-len(ordered) // NUM_GROUPS)
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]

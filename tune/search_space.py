@@ -26,6 +26,7 @@ import yaml
 
 from fedsim.config import config_fields
 from fedsim.errors import ConfigError
+from fedsim.parsing import parse_yaml
 from fedsim.randomness import numpy_generator
 
 SHIPPED = Path(__file__).parent / "spaces"
@@ -151,7 +152,7 @@ def load_space(name_or_path: str) -> SearchSpace:
     if path.suffix == ".py":
         return parse_space(_run_python(path), name_or_path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"search space {name_or_path} cannot be read: {err}") from err
     except yaml.YAMLError as err:

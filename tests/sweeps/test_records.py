@@ -9,7 +9,18 @@ import pytest
 
 from fedsim.config import load_config
 from tune.plan import Settings, SweepPlan, make_plan, name_trial
-from tune.records import FAILED, FINISHED, PENDING, RUNNING, STOPPED, Progress, Records, Trial, read_progress
+from tune.records import (
+    FAILED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+    STOPPED,
+    Progress,
+    Records,
+    Trial,
+    _labels,
+    read_progress,
+)
 from tune.search import make_search
 from tune.search_space import parse_space
 
@@ -150,3 +161,10 @@ def test_optuna_proposes_and_learns(tmp_path: Path) -> None:
     search.on_trial_complete("b", None, error=True)
     states = [(trial.state.name, trial.value) for trial in search.search._ot_study.trials]  # type: ignore[attr-defined]
     assert states[:2] == [("COMPLETE", 0.2), ("FAIL", None)]
+
+
+def test_values_of_a_range_are_grouped() -> None:
+    """Eight values make four groups of two."""
+    values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert _labels(values, choices=False)[::2] == ["0.1 to 0.2", "0.3 to 0.4", "0.5 to 0.6", "0.7 to 0.8"]
+    assert _labels(values, choices=True)[0] == "0.1"

@@ -58,8 +58,8 @@ def _kill_a_trial(folder: Path, killed: list[int]) -> None:
 def test_a_trial_that_dies_is_retried_and_one_that_fails_does_not_stop_the_sweep(
     plan: Callable[..., SweepPlan], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first trial is killed after a round, the second one's loss is not finite, whatever is tried."""
-    made = plan({"training.learning_rate": [0.01, 1e38]}, 12, {}, search="grid", scheduler="none", max_failures=1)
+    """The first trial is killed after a round; the second asks for more clients than there are, whatever is tried."""
+    made = plan({"federation.cohort_size": [2, 5]}, 12, {}, search="grid", scheduler="none", max_failures=1)
     good, bad = (made.run_folder(name) for name in ("trial-00000", "trial-00001"))
     killed: list[int] = []
     killer = threading.Thread(target=_kill_a_trial, args=(good, killed))
@@ -70,7 +70,7 @@ def test_a_trial_that_dies_is_retried_and_one_that_fails_does_not_stop_the_sweep
     record = _record(made.folder)
     assert [trial["status"] for trial in record["trials"]] == ["finished", "failed"]
     assert record["best"] == "trial-00000"
-    assert "not finite" in record["trials"][1]["error"]
+    assert "'federation.cohort_size' = 5, but there are 2 clients" in record["trials"][1]["error"]
     shown = capfd.readouterr().out
     assert "trial-00000 died and goes on from its last round" in shown
     assert "trial-00001 failed: " in shown
@@ -129,7 +129,7 @@ def test_a_population_changes_weights_and_its_schedule_can_be_run_again(
 ) -> None:
     space = {LOGITS: [0.0, 1.0, 4.0], "distillation.feature_to_client": {"loguniform": [0.01, 1.0]}}
     changes = {"runtime.kind": "in_process"}
-    made = plan(space, 5, changes, scheduler="pbt", num_trials=2, interval=2)
+    made = plan(space, 4, changes, scheduler="pbt", num_trials=2, interval=2)
     assert start(made)
     record = _record(made.folder)
     assert [trial["status"] for trial in record["trials"]] == ["finished", "finished"]
@@ -137,8 +137,7 @@ def test_a_population_changes_weights_and_its_schedule_can_be_run_again(
     assert changed
     for trial in changed:
         rounds = [step["round"] for step in trial["schedule"]]
-        assert rounds[0] == 1
-        assert set(rounds) <= {1, 3, 5}
+        assert rounds == [1, 3]
         assert all(
             one["params"] != two["params"] for one, two in zip(trial["schedule"], trial["schedule"][1:], strict=False)
         )
