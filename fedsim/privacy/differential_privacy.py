@@ -80,6 +80,11 @@ def check_privacy(config: Config, strategy: Strategy) -> None:
             f"{what} is accounted for cohorts that each client joins on its own, which the section 'participation' "
             f"changes: leave it at its defaults, or let the clients add the noise (privacy.noise client)"
         )
+    if config.secure_aggregation.enabled and config.federation.cohort_fraction < 1:
+        raise ConfigError(
+            f"{what} with federation.cohort_fraction below 1 has cohorts of any size, and secure aggregation needs two "
+            f"clients at least: set the fraction to 1, or let the clients add the noise (privacy.noise client)"
+        )
     robust = {
         "federation.aggregator": (config.federation.aggregator, "mean"),
         "robustness.max_norm_ratio": (config.robustness.max_norm_ratio, None),

@@ -251,6 +251,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"privacy.noise": "server", "federation.strategy": "mmfed3"}, "distillation.send_prototypes"),
     ({"privacy.noise": "server", "federation.aggregator": "median"}, "federation.aggregator"),
     ({"privacy.noise": "server", "robustness.max_norm_ratio": 3.0}, "robustness.max_norm_ratio"),
+    (
+        {"privacy.noise": "server", "secure_aggregation.enabled": True, "federation.cohort_fraction": 0.5},
+        "secure aggregation needs two",
+    ),
 ]
 
 
