@@ -49,7 +49,8 @@ SETTINGS: dict[str, Any] = {
     "report.html": False,
 }
 REPLACED = re.compile(r"; replaced .* in ([0-9.]+) s, of which ([0-9.]+) s for")
-RUN_SECONDS = 900.0
+RUN_SECONDS = 1800.0
+CLUSTER_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -175,21 +176,39 @@ class Recoveries(logging.Handler):
         print(record.getMessage(), file=sys.stderr, flush=True)
 
 
+def start_cluster() -> Any:
+    """Start three nodes; on a busy machine Ray itself may give up on one, which is no fault of the run's."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    for attempt in range(CLUSTER_ATTEMPTS):
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=2, include_dashboard=False)
+            for _ in range(2):
+                cluster.add_node(num_cpus=2)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+            cluster.wait_for_nodes()
+        except Exception as err:
+            ray.shutdown()
+            cluster.shutdown()
+            if attempt == CLUSTER_ATTEMPTS - 1:
+                raise click.ClickException(f"no cluster starts on this machine: {err}") from err
+        else:
+            return cluster
+    raise AssertionError("the last attempt returns or raises")
+
+
 def drive(task: Mapping[str, Any]) -> None:
     """Run (or resume) on a cluster of three nodes, under a schedule."""
     import ray
-    from ray.cluster_utils import Cluster
 
     import fedsim
     from actors.runtime import ray_runtime
     from fedsim import simulation
 
     folder = Path(task["folder"])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=2)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    cluster.wait_for_nodes()
+    cluster = start_cluster()
     chaos = Chaos([Kill(**kill) for kill in task["kills"]], folder, cluster)
     logging.getLogger().addHandler(Recoveries(chaos))
 
