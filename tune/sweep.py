@@ -134,7 +134,13 @@ def _run(
             callbacks=[Watch(records)],
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except KeyboardInterrupt:
+        for trial in records.trials.values():
+            trial.status = PENDING if trial.status not in ENDED else trial.status
+        records.write()
+        raise
     for name in (TUNE_FOLDER, "snapshots"):
         shutil.rmtree(plan.folder / name, ignore_errors=True)
     return _show(plan, records)
