@@ -10,6 +10,7 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from fedsim.config import Config, config_fields
+from fedsim.parsing import parse_yaml
 
 _OVERRIDES = "fedsim.overrides"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -76,7 +77,7 @@ def _parse(text: str, annotation: Any, parameter: click.Parameter) -> Any:
     if str in kinds and kinds <= {str, type(None)}:
         return None if type(None) in kinds and text in ("null", "~") else text
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as err:
         raise click.BadParameter(f"{text!r} is not a YAML value", param=parameter) from err
 

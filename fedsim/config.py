@@ -18,6 +18,7 @@ from fedsim.errors import ConfigError
 from fedsim.faults_config import FaultsConfig
 from fedsim.federation_config import CommunicationConfig, DistillationConfig, FederationConfig, ParticipationConfig
 from fedsim.imputer_config import ImputerConfig
+from fedsim.parsing import parse_yaml
 from fedsim.privacy_config import SecureAggregationConfig
 from fedsim.report_config import ReportConfig
 from fedsim.robustness_config import AdversaryConfig, RobustnessConfig
@@ -306,7 +307,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     if path is None:
         return make_config({}, overrides)
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"config file {path} cannot be read: {err}; give the path of a YAML file") from err
     except yaml.YAMLError as err:

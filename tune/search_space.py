@@ -34,6 +34,7 @@ RANGES = ("uniform", "loguniform", "randint", "lograndint")
 KINDS = ("choice", *RANGES)
 # A sweep says itself where its trials run and what they keep.
 DECIDED = ("output", "storage", "runtime", "watching", "checkpoint")
+MAX_GRID = 100_000  # trials that are listed before the first starts
 MAX_REDRAWS = 100  # of a random trial that is there already
 
 
@@ -106,6 +107,12 @@ class SearchSpace:
                     f"search space {self.source}: {item.name} is a range, which a grid cannot walk through; give a "
                     f"list of values, or search with random or optuna"
                 )
+        num_trials = math.prod(len(item.values) for item in self.parameters)
+        if num_trials > MAX_GRID:
+            raise ConfigError(
+                f"search space {self.source}: its grid has {num_trials} trials, more than {MAX_GRID}; leave values "
+                f"out, or search with random or optuna"
+            )
         names = [item.name for item in self.parameters]
         return [
             dict(zip(names, values, strict=True))

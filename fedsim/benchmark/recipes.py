@@ -17,6 +17,7 @@ from fedsim.benchmark.methods import check_name
 from fedsim.config import DataConfig
 from fedsim.data.dataset import resolve_dataset
 from fedsim.errors import ConfigError, DataError
+from fedsim.parsing import parse_yaml
 
 FOLDER = Path(__file__).parent / "recipes"
 RATES = ("0", "0.3", "0.6", "0.9", "client")
@@ -106,7 +107,7 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
         ConfigError: if it cannot be read or is not one.
     """
     try:
-        file = _RecipeFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        file = _RecipeFile.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except OSError as err:
         raise ConfigError(f"recipe file {path} cannot be read: {err.strerror}; give its path") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:

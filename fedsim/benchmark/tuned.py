@@ -15,6 +15,7 @@ from fedsim.benchmark.recipes import Recipe
 from fedsim.checkpoint import replace_text
 from fedsim.config import config_fields
 from fedsim.errors import ConfigError
+from fedsim.parsing import parse_yaml
 
 BUNDLED = Path(__file__).parent / "tuned.yaml"
 HEADER = """\
@@ -44,7 +45,7 @@ def read_tuned(path: Path) -> Tuned:
         ConfigError: if it cannot be read, or names a method or a config field that does not exist.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = parse_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as err:
         raise ConfigError(f"tuned values {path} cannot be read: {err.strerror}; make them with --tune") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:

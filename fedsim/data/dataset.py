@@ -266,9 +266,13 @@ def _load_triples(path: Path, name: str, entity_ids: dict[str, int], relation_id
     try:
         table = read_table(parquet, columns=["head", "relation", "tail"])
         columns = [table.column(column).to_pylist() for column in ("head", "relation", "tail")]
-    except (OSError, ValueError, KeyError) as err:
+    except Exception as err:  # a damaged file can raise anything
         raise DataError(f"{parquet}: not a parquet file with columns head, relation, tail ({err})") from err
-    return map_triples(list(zip(*columns, strict=True)), parquet, entity_ids, relation_ids)
+    rows = list(zip(*columns, strict=True))
+    for number, row in enumerate(rows):
+        if not all(isinstance(key, str) for key in row):
+            raise DataError(f"{parquet}: row {number} is {row}; head, relation and tail must be keys, as text")
+    return map_triples(rows, parquet, entity_ids, relation_ids)
 
 
 def _check_meta(path: Path, meta: dict[str, Any], features: dict[str, Features]) -> None:

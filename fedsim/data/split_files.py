@@ -1,6 +1,5 @@
 """Reads split files and holds their rows to the graph; `splits` makes a federated split of them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from fedsim.data import storage
 from fedsim.data.dataset import SPLIT_NAMES, KnowledgeGraph
 from fedsim.errors import DataError
+from fedsim.parsing import parse_json
 
 Rows: TypeAlias = npt.NDArray[np.int64]  # [num_triples, 4] columns client, head, relation, tail
 
@@ -102,15 +102,24 @@ def _as_rows(parts: dict[str, npt.NDArray[np.generic]], path: Path) -> dict[str,
 def _read_safetensors(path: Path) -> tuple[SplitRows, int]:
     rows = _as_rows(storage.map_safetensors(path), path)
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return SplitRows(rows), int(header.get("__metadata__", {}).get("num_moved", 0))
+        header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
+    found = header.get("__metadata__", {})
+    num_moved = found.get("num_moved", "0") if isinstance(found, dict) else None
+    if not (isinstance(num_moved, str) and storage.is_id(num_moved)):
+        raise DataError(
+            f"{path}: num_moved is {num_moved!r} in the metadata, need a whole number; save the split again"
+        )
+    return SplitRows(rows), int(num_moved)
 
 
 def _read_npz(path: Path) -> tuple[SplitRows, int]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            parts = {name: archive[name] for name in archive.files if name in SPLIT_NAMES}
-    except (OSError, ValueError) as err:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
+            storage.check_unpacked(path)
+            parts = {name: np.asarray(archive[name]) for name in archive.files if name in SPLIT_NAMES}
+    except Exception as err:  # a damaged file can raise anything
         raise DataError(f"{path}: not a readable npz file without pickle ({err})") from err
     return SplitRows(_as_rows(parts, path)), 0
 
@@ -124,7 +133,7 @@ def _read_tsv(path: Path) -> tuple[SplitRows, int]:
         raise DataError(f"{path}:{strange[0] + 2}: split is {found!r}, need {', '.join(SPLIT_NAMES)}")
     numbers = []
     for name in ("client", "head", "relation", "tail"):
-        bad = [line for line, value in enumerate(columns[name], start=2) if not value.isdecimal()]
+        bad = [line for line, value in enumerate(columns[name], start=2) if not storage.is_id(value)]
         if bad:
             value = columns[name][bad[0] - 2]
             raise DataError(f"{path}:{bad[0]}: {name} is {value!r}, need an id (a whole number from 0)")

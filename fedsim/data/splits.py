@@ -160,6 +160,11 @@ def build_split(
     split_files.check_split_rows(given, graph, source)
     rows = given.parts
     num_clients = 1 + max(int(part[:, 0].max()) for part in rows.values())
+    if num_clients > len(rows["train"]):
+        raise DataError(
+            f"{source}: client {num_clients - 1} among {len(rows['train'])} train triples; number the clients 0..n-1 "
+            f"without gaps, each with a train triple"
+        )
     unseen = {name: _unseen(rows["train"], rows[name], graph) for name in ("valid", "test")}
     for name, mask in unseen.items():
         if mask.any() and not move_unseen:

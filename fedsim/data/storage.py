@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim.errors import DataError
+from fedsim.parsing import parse_json
+
+MAX_ID_DIGITS = 18  # below 2^63
+# Zeros compress to a thousandth, real features to about a half.
+MAX_UNPACKED_RATIO, MIN_UNPACKED_BYTES = 200, 1 << 28
 
 _SAFETENSORS_DTYPES: dict[str, type[np.generic]] = {
     "F16": np.float16,
@@ -88,9 +95,11 @@ def write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except json.JSONDecodeError as err:
         raise DataError(f"{path}:{err.lineno}: not valid JSON ({err.msg}); mend the line") from err
+    except ValueError as err:
+        raise DataError(f"{path}: not valid JSON ({err}); mend it") from err
     if not isinstance(value, dict):
         raise DataError(f"{path}: holds a JSON {type(value).__name__} where an object is expected")
     return value
@@ -108,14 +117,18 @@ def map_safetensors(path: Path) -> dict[str, npt.NDArray[Any]]:
             file_bytes = path.stat().st_size
             if header_bytes > file_bytes:
                 raise ValueError("header longer than the file")
-            header = json.loads(file.read(header_bytes))
+            header = parse_json(file.read(header_bytes))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         tensors: dict[str, npt.NDArray[Any]] = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             dtype, shape = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            if not all(type(size) is int and 0 <= size <= file_bytes for size in (begin, end, *shape)):
+                raise ValueError(f"tensor {name!r} has sizes or offsets that are not sizes")
             offset = 8 + header_bytes + begin
-            if int(np.prod(shape)) * dtype.itemsize != end - begin or 8 + header_bytes + end > file_bytes:
+            if math.prod(shape) * dtype.itemsize != end - begin or 8 + header_bytes + end > file_bytes:
                 raise ValueError(f"tensor {name!r} does not fit into the file")
             empty = np.empty(shape, dtype)
             tensors[name] = np.memmap(path, dtype, "r", offset, shape) if end > begin else empty
@@ -124,6 +137,28 @@ def map_safetensors(path: Path) -> dict[str, npt.NDArray[Any]]:
     except (OSError, ValueError, KeyError, TypeError, struct.error) as err:
         raise DataError(f"{path}: not a whole safetensors file ({err}); write or fetch it again") from err
     return tensors
+
+
+def is_id(text: str) -> bool:
+    """Tell whether a text is a whole number from 0 that fits into 64 bits."""
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_ID_DIGITS
+
+
+def check_unpacked(path: Path, members: Iterable[str] | None = None) -> None:
+    """Refuse a zip file that unpacks to far more than it is, before anything is unpacked.
+
+    Args:
+        path: the zip file.
+        members: that will be unpacked; None for all.
+
+    Raises:
+        ValueError: saying how much it would be.
+    """
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist() if members is None else [archive.getinfo(member) for member in members]
+    unpacked_bytes = sum(info.file_size for info in infos)
+    if unpacked_bytes > max(MIN_UNPACKED_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size):
+        raise ValueError(f"it would unpack to {unpacked_bytes:,} bytes, more than {MAX_UNPACKED_RATIO} times its size")
 
 
 def sha256_file(path: Path) -> str:

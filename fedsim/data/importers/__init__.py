@@ -186,11 +186,14 @@ def _find_pictures(
     try:
         with zipfile.ZipFile(pictures) as archive:
             members = {Path(member).name: member for member in archive.namelist() if not member.endswith("/")}
+            storage.check_unpacked(pictures, [members[name] for name in names if name in members])
             for name in sorted(names):
                 if name not in members:
                     raise DataError(f"{pictures}: no picture {name!r}; add it or empty that picture column")
                 (unpacked / name).write_bytes(archive.read(members[name]))
-    except (FileNotFoundError, zipfile.BadZipFile) as err:
+    except DataError:
+        raise
+    except Exception as err:  # a damaged archive can raise anything
         raise DataError(f"{pictures}: not a readable zip file ({err}); give a folder or a zip of pictures") from err
     return graph, unpacked
 

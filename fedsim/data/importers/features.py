@@ -77,8 +77,12 @@ def read_arrays(path: Path) -> Arrays:
         if isinstance(loaded, np.ndarray):
             return {"values": loaded}
         with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError) as err:
+            storage.check_unpacked(path)
+            arrays = {name: loaded[name] for name in loaded.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds files that are no arrays")
+        return arrays
+    except Exception as err:  # a damaged file can raise anything
         raise DataError(f"{path}: not a readable numpy file without pickle ({err})") from err
 
 

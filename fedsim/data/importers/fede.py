@@ -24,6 +24,10 @@ _ALLOWED = {
 }
 
 
+# A table of entities is made as long as the largest id: one wrong id must not fill the memory.
+SPARE_IDS, MAX_GAP = 100_000, 100
+
+
 class _NumpyUnpickler(pickle.Unpickler):
     """Builds plain containers and numpy arrays, and nothing else."""
 
@@ -73,6 +77,11 @@ def _client_rows(path: Path, data: Any, client: int, name: str) -> Rows:
     if not (np.issubdtype(edges.dtype, np.integer) and np.issubdtype(relation.dtype, np.integer)):
         raise DataError(f"{place}: ids are {edges.dtype} and {relation.dtype}, need whole numbers")
     rows = np.column_stack([np.full(len(relation), client), edges[0], relation, edges[1]]).astype(np.int64)
-    if (rows < 0).any():
-        raise DataError(f"{place}: triple {int(np.argmax((rows < 0).any(axis=1)))} has a negative id")
+    bad = (rows < 0) | (rows >= SPARE_IDS + MAX_GAP * len(rows))
+    if bad.any():
+        row = int(np.argmax(bad.any(axis=1)))
+        raise DataError(
+            f"{place}: triple {row} has the id {rows[row][bad[row]][0]}; ids count from 0, and a table is made of all "
+            f"up to the largest"
+        )
     return rows

@@ -48,7 +48,7 @@ def detect_format(source: Path) -> str:
     train = _find(source, "train")
     rows = storage.read_rows(train, 3, delimiter=_delimiter(train))
     listed = _has_column(source / "entities.tsv", "id") or (source / "entity2id.txt").is_file()
-    numbers = all(value.isdecimal() for row in rows[:1000] for value in row)
+    numbers = all(storage.is_id(value) for row in rows[:1000] for value in row)
     return "ids" if listed and numbers else "names"
 
 
@@ -178,7 +178,7 @@ def _order_by_id(ids: Sequence[str], path: Path, *, first_line: int) -> list[int
     """Return the row of each id; the ids must be 0..n-1 in some order."""
     row_of: dict[int, int] = {}
     for row, text in enumerate(ids):
-        number = int(text) if text.isdecimal() else -1
+        number = int(text) if storage.is_id(text) else -1
         if not 0 <= number < len(ids) or number in row_of:
             raise DataError(f"{path}:{row + first_line}: id {text!r}; ids must be 0..{len(ids) - 1}, each once")
         row_of[number] = row
@@ -187,7 +187,7 @@ def _order_by_id(ids: Sequence[str], path: Path, *, first_line: int) -> list[int
 
 def _check_count(path: Path, num_rows: int) -> None:
     first = storage.read_text(path).split("\n", 1)[0].strip()
-    if not first.isdecimal() or int(first) != num_rows:
+    if not storage.is_id(first) or int(first) != num_rows:
         raise DataError(
             f"{path}:1: the first line says {first!r} but {num_rows} lines follow; the file is cut short or the "
             f"number is wrong"
@@ -202,7 +202,7 @@ def _id_triples(
         raise DataError(f"{path}: empty split; each of train, valid and test needs at least one triple")
     for line_num, row in enumerate(rows, start=first_line):
         for value in row:
-            if not value.isdecimal():
+            if not storage.is_id(value):
                 raise DataError(f"{path}:{line_num}: {value!r} is not an id; mend the line, or import as names")
     triples = np.array(rows, dtype=np.int64)
     bad = np.argwhere(triples >= np.array([len(entities.keys), len(relations.keys), len(entities.keys)]))
