@@ -333,6 +333,7 @@ def main(
 ) -> None:
     """Run the schedules and compare."""
     os.environ.update({"OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **PYTHON})
+    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # of a node, which takes its time on a busy machine
     if task is not None:
         drive(json.loads(task))
         return

@@ -199,3 +199,19 @@ def test_an_actor_that_dies_of_every_restart_stops_the_run(
         error,
     )
     assert "ActorDiedError" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_a_round_of_secure_aggregation_is_repeated_with_new_keys(dataset: Path, tmp_path: Path) -> None:
+    """Its actor took the keys with it, so all go back; masks are drawn anew, and leave no trace in the sums."""
+    changes: dict[str, Any] = {
+        "secure_aggregation__enabled": True,
+        "distillation__num_soft_queries": 0,
+        "num_rounds": 2,
+    }
+    simulation.run(small_config(dataset, tmp_path / "here", **changes))
+    placed = {"runtime__placement": "pooled", "runtime__num_actors": 2}
+    kills = [("training in round 2", "pool-1")]
+    simulation.run(small_config(dataset, tmp_path / "ray", **changes, **placed), _killing(kills))
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")
+    spans = [span for row in RunFolder(tmp_path / "ray").read_timeline() for span in row.get("spans", ())]
+    assert [what for _, what, *_ in spans if what.startswith("going back")] == ["going back to round 1"]
