@@ -332,8 +332,8 @@ def main(
     task: str | None,
 ) -> None:
     """Run the schedules and compare."""
-    os.environ.update({"OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **PYTHON})
-    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # of a node, which takes its time on a busy machine
+    patient = {"RAY_raylet_start_wait_time_s": "300"}  # a node takes its time to start on a busy machine
+    os.environ.update({"OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **PYTHON, **patient})
     if task is not None:
         drive(json.loads(task))
         return
