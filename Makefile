@@ -5,7 +5,7 @@ PACKAGES := $(wildcard fedsim actors tune)
 # --no-compile halves the time of a first install; Python compiles what it imports.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help run test check format clean
+.PHONY: help run test check audit sbom format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -17,10 +17,17 @@ run: .venv/run.stamp ## install into .venv, then run the main job (ARGS="--feder
 test: .venv/dev.stamp ## install with the test tools, then run the tests (ARGS="-k ranking" chooses)
 	$(BIN)/python -m pytest $(ARGS)
 
-check: .venv/dev.stamp ## formatting, lint with the layering rule, types
+check: .venv/dev.stamp ## formatting, lint with the layering rule, types, dependencies that fit together
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/python -m pip check
+
+audit: .venv/audit.stamp ## known weaknesses of the pinned dependencies (asks the advisory databases: needs a network)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+sbom: .venv/audit.stamp ## write sbom.json, the software bill of materials
+	$(BIN)/python scripts/build_sbom.py
 
 format: .venv/dev.stamp ## format and mend what lint can mend
 	$(BIN)/ruff format .
@@ -37,5 +44,9 @@ clean: ## remove .venv and all caches (runs/ stays)
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(PIP_INSTALL) -e '.[dev,encode]'
+	$(PIP_INSTALL) -e '.[dev,encode,privacy]'
+	@touch $@
+
+.venv/audit.stamp: .venv/dev.stamp
+	$(PIP_INSTALL) -e '.[privacy,audit]'
 	@touch $@
