@@ -21,6 +21,8 @@ from torch import Tensor
 
 from fedsim.data.storage import sha256_file
 from fedsim.errors import RunError
+from fedsim.parsing import parse_json
+from fedsim.run_records import MANIFEST, check_record
 
 logger = logging.getLogger(__name__)
 
@@ -156,12 +158,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         files, version = dict(manifest["sha256"]), manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise RunError(f"{path} is missing or damaged ({err})") from err
     if version != FORMAT_VERSION:
         raise RunError(f"{path} has format version {version}; this fedsim reads version {FORMAT_VERSION}")
+    check_record(manifest, MANIFEST, path)
     for name, expected in files.items():
         if not (folder / name).is_file():
             raise RunError(f"{folder / name} is missing")

@@ -14,9 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from fedsim.checkpoint import checkpoint_folder, newest_checkpoint, replace_text, write_failure, write_text
 from fedsim.config import Config, dump_config, load_config
 from fedsim.errors import RunError
+from fedsim.parsing import parse_json
+from fedsim.run_records import METRIC_ROW, TIMELINE_ROW, check_record
 from fedsim.run_storage import RunStorage, local_folder
 
 if TYPE_CHECKING:  # keeps torch out of a look at a folder
@@ -142,11 +146,11 @@ class RunFolder:
 
     def read_timeline(self) -> list[dict[str, Any]]:
         """Return the rows of timeline.jsonl that are whole; none if the run has no such file."""
-        return _read_rows(self.timeline_file, to_the_end=True) if self.timeline_file.is_file() else []
+        return _read_rows(self.timeline_file, TIMELINE_ROW, to_the_end=True) if self.timeline_file.is_file() else []
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
-        return _read_rows(self.metrics_file)
+        return _read_rows(self.metrics_file, METRIC_ROW)
 
     def rewind_metrics(self, round_num: int) -> None:
         """Keep the rows of rounds up to `round_num`: what came after the checkpoint will be done again."""
@@ -183,18 +187,22 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_rows(path: Path, *, to_the_end: bool = False) -> list[dict[str, Any]]:
+def _read_rows(path: Path, kind: TypeAdapter[Any], *, to_the_end: bool = False) -> list[dict[str, Any]]:
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as err:
-        raise RunError(f"{path} cannot be read: {err.strerror}; the run's folder is damaged") from err
-    for line in lines:
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
+        raise RunError(f"{path} cannot be read: {reason}; the run's folder is damaged") from err
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = parse_json(line)
         except ValueError:
             if not to_the_end:
                 break
+            continue
+        check_record(row, kind, f"{path}:{number}")
+        rows.append(row)
     return rows
 
 

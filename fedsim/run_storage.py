@@ -20,6 +20,7 @@ import yaml
 from fedsim.checkpoint import replace_text
 from fedsim.config import dump_config, load_config
 from fedsim.errors import RunError
+from fedsim.parsing import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,9 @@ class RunStorage:
     def _whole_files(self) -> list[str]:
         """List the files of the copy; those of a checkpoint without a manifest are left out."""
         names = set(self._list_files())
+        strange = [name for name in names if {"", ".", ".."} & set(name.split("/"))]
+        if strange:  # an object's name is any text, and would be a path here
+            raise RunError(f"storage {self.uri} holds {strange[0]!r}, which is no file of a run; delete it there")
         kept = []
         for name in sorted(names):
             place, _, _ = name.rpartition("/")
@@ -308,7 +312,12 @@ def _line(err: Exception) -> str:
 
 def _identity(config: bytes) -> dict[str, Any]:
     """Return what a run is, wherever it stands."""
-    tree = yaml.safe_load(config)
+    try:
+        tree = parse_yaml(config)
+    except yaml.YAMLError as err:
+        raise RunError(f"{CONFIG} of the stored run is not YAML: {_line(err)}") from err
+    if not isinstance(tree, dict):
+        raise RunError(f"{CONFIG} of the stored run must hold sections (key: value), not a {type(tree).__name__}")
     return {name: value for name, value in tree.items() if name not in ("output", "storage")}
 
 

@@ -42,6 +42,9 @@ def pinned() -> dict[str, str]:
 
 def shorten(found: dict[str, Any], pins: dict[str, str]) -> dict[str, Any]:
     """Keep the components that are pinned, each with what says what it is."""
+    for item in found["components"]:  # a local version ("+cpu") says where a build came from, not which release it is
+        item["version"] = item["version"].partition("+")[0]
+        item["purl"] = item.get("purl", "").partition("%2B")[0].partition("+")[0].partition("?")[0]
     versions = {canonicalize_name(item["name"]): item["version"] for item in found["components"]}
     wrong = [f"{name}=={pin} (here {versions.get(name)})" for name, pin in pins.items() if versions.get(name) != pin]
     if wrong:

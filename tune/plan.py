@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 import fedsim
 from fedsim.benchmark.plan import check_parts
 from fedsim.checkpoint import replace_text
@@ -14,6 +16,7 @@ from fedsim.config import Config, make_config
 from fedsim.data.dataset import resolve_dataset
 from fedsim.errors import ConfigError, RunError
 from fedsim.parsing import parse_json
+from fedsim.run_records import PLAN, check_record
 from tune.search_space import SearchSpace, parse_space
 
 FORMAT_VERSION = 1
@@ -199,9 +202,14 @@ def read_plan(folder: Path) -> SweepPlan:
             f"{folder} is a sweep of fedsim {found[1]} (format {found[0]}), and this is fedsim {ours[1]} (format "
             f"{ours[0]}), whose trials might not compare: go on with that version, or start anew in another --output"
         )
+    check_record(plain, PLAN, path)
+    try:
+        settings = TypeAdapter(Settings).validate_python(plain["sweep"])
+    except ValidationError as err:
+        raise RunError(f"{path} is damaged (sweep: {err.errors()[0]['msg']}); start the sweep anew") from err
     space = parse_space({name: plain[name] for name in ("title", "settings", "space")}, plain["source"])
     listed = None if plain["trials"] is None else tuple(plain["trials"])
-    return SweepPlan(folder.absolute(), space, plain["base"], Settings(**plain["sweep"]), listed)
+    return SweepPlan(folder.absolute(), space, plain["base"], settings, listed)
 
 
 def _list_trials(plan: SweepPlan) -> tuple[Params, ...] | None:

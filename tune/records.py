@@ -13,6 +13,7 @@ from fedsim.config import Config, dump_config, load_config
 from fedsim.errors import RunError
 from fedsim.parsing import parse_json
 from fedsim.run_folder import RunFolder
+from fedsim.run_records import COSTS, PLANNED_TRIALS, WHOLE_ROW, check_record
 from tune.plan import Params, SweepPlan, name_params, show_value
 from tune.population import LAST, weights_at
 
@@ -66,6 +67,8 @@ def read_progress(folder: Path) -> Progress:
     if not run.metrics_file.is_file():
         return Progress()
     rows = [row for row in run.read_metrics() if row["client"] is None]
+    for row in rows:
+        check_record(row, WHOLE_ROW, run.metrics_file)
     seconds: dict[str, float] = {}
     for row in rows:
         for phase, value in row["phase_seconds"].items():
@@ -73,7 +76,11 @@ def read_progress(folder: Path) -> Progress:
     best = max((row["valid"]["mrr"] for row in rows if "valid" in row), default=None)
     up, down = (sum(int(row[name]) for row in rows) for name in ("bytes_up", "bytes_down"))
     if run.result_file.is_file():
-        result = json.loads(run.result_file.read_text(encoding="utf-8"))
+        try:
+            result = parse_json(run.result_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as err:
+            raise RunError(f"{run.result_file} cannot be read ({err}); the run's folder is damaged") from err
+        check_record(result, COSTS, run.result_file)
         best, seconds = result["valid_mrr"], result["seconds"]
     return Progress(best, rows[-1]["round"] if rows else 0, seconds, up, down)
 
@@ -98,7 +105,9 @@ class Records:
         path = plan.folder / RECORD_FILE
         if path.is_file():
             try:
-                rows = parse_json(path.read_text(encoding="utf-8"))["trials"]
+                content = parse_json(path.read_text(encoding="utf-8"))
+                check_record(content, PLANNED_TRIALS, path)
+                rows = content["trials"]
                 found = [Trial(row["id"], row["params"], row["status"], row["error"] or "") for row in rows]
             except (OSError, ValueError, KeyError, TypeError) as err:
                 raise RunError(f"{path} is damaged ({err}); start the sweep anew in another --output") from err

@@ -12,6 +12,7 @@ from typing import Any
 from fedsim.benchmark.plan import Plan
 from fedsim.checkpoint import replace_text
 from fedsim.errors import RunError
+from fedsim.parsing import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "benchmark.json"
@@ -106,7 +107,7 @@ def locked(path: Path, busy: str, patience_seconds: float = 0.0) -> Iterator[Non
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         raise RunError(f"{path} cannot be read ({err}); give another --output") from err
     return manifest

@@ -211,6 +211,9 @@ def _wrong(value: object, name: str, dtype: torch.dtype, shape: tuple[int | None
     if not isinstance(value, Tensor):
         yield f"'{name}' in the update is no tensor but a {type(value).__name__}"
         return
+    if value.is_nested or value.is_meta:  # neither has a shape or numbers to look at
+        yield f"'{name}' in the update is no plain tensor"
+        return
     fits = value.dim() == len(shape) and all(
         wanted is None or wanted == size for wanted, size in zip(shape, value.shape, strict=False)
     )

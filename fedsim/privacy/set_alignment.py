@@ -42,6 +42,8 @@ class BlindedNames:
 
     def check(self) -> None:
         """Raise DataError if a point has the wrong size."""
+        if not isinstance(self.points, tuple) or not all(isinstance(point, bytes) for point in self.points):
+            raise DataError(f"client {self.owner}: the blinded names are no points")
         wrong = [len(point) for point in self.points if len(point) != POINT_BYTES]
         if wrong:
             raise DataError(f"client {self.owner}: a blinded name has {wrong[0]} bytes instead of {POINT_BYTES}")

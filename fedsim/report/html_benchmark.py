@@ -1,6 +1,5 @@
 """The report of a benchmark, from its manifest and the results in its run folders, finished or not."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +15,10 @@ from fedsim.benchmark.methods import METHODS, Method
 from fedsim.benchmark.plan import ANY, Missing, parse_missing
 from fedsim.benchmark.recipes import Recipe, TuningBudget
 from fedsim.errors import RunError
+from fedsim.parsing import parse_json
 from fedsim.report.html_page import Block, Cell, Page, Section, Table
 from fedsim.report.plots_benchmark import methods_with_spread, seconds_of_methods
+from fedsim.run_records import BENCHMARK, RESULT, check_record
 
 NOT_RUN = "not run yet"
 
@@ -58,13 +59,14 @@ def benchmark_page(folder: Path, target: Path) -> Page:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         for name in ("kind", "recipes", "methods", "rates", "seeds", "changes", "fedsim", "tuned"):
             manifest[name]
     except FileNotFoundError as err:
         raise RunError(f"{path.parent} is not a benchmark (it has no {MANIFEST}); give the --output of one") from err
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise RunError(f"{path} cannot be read ({err}); the benchmark's folder is damaged") from err
+    check_record(manifest, BENCHMARK, path)
     return manifest
 
 
@@ -108,7 +110,11 @@ def _outcome(folder: Path) -> Outcome:
     path = folder / "result.json"
     if path.is_file():
         try:
-            return Outcome(folder, json.loads(path.read_text(encoding="utf-8")))
+            result = parse_json(path.read_text(encoding="utf-8"))
+            check_record(result, RESULT, path)
+            return Outcome(folder, result)
+        except RunError as err:
+            return Outcome(folder, error=str(err))
         except (OSError, ValueError) as err:
             return Outcome(folder, error=f"result.json cannot be read ({err})")
     failure = folder.with_name(f"{folder.name}.failed.txt")

@@ -1,20 +1,23 @@
 """The report of a run: what its folder holds, and what its saved models show."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from fedsim.config import Config
 from fedsim.errors import RunError
+from fedsim.parsing import parse_json
 from fedsim.report.console import format_bytes
 from fedsim.report.html_model_sections import model_sections
 from fedsim.report.html_page import Block, Cell, Page, Section, Table, text_cells
 from fedsim.report.html_timeline import timeline_figure
 from fedsim.report.plots_run import bytes_by_round, loss_terms, measure_by_round, seconds_by_phase
 from fedsim.run_folder import RunFolder
+from fedsim.run_records import FULL_RESULT, VERSIONS, WHOLE_ROW, check_record
 
 Row = Mapping[str, Any]
 
@@ -27,8 +30,10 @@ def run_page(path: Path) -> Page:
     """
     folder, config = RunFolder.open(path)
     rows = folder.read_metrics() if folder.metrics_file.is_file() else []
-    result = _read_json(folder.result_file)
-    versions = _read_json(folder.path / "versions.json") or {}
+    for row in rows:
+        check_record(row, WHOLE_ROW, folder.metrics_file)
+    result = _read_json(folder.result_file, FULL_RESULT)
+    versions = _read_json(folder.path / "versions.json", VERSIONS) or {}
     done = max((row["round"] for row in rows if row["client"] is None), default=0)
     notice = "" if result is not None else _unfinished(path, config, done)
     sections = [_results(result), _course(rows), _costs(rows, result), *model_sections(folder, config, result)]
@@ -116,7 +121,12 @@ def _results(result: Mapping[str, Any] | None) -> Section:
 def _metric_row(
     name: str, metrics: Mapping[str, Any], hits: Sequence[str], valid: float | None, *, bold: bool = False
 ) -> tuple[Cell, ...]:
-    texts = [name, f"{metrics['num_queries']:,}", _number(metrics["mrr"]), *(_number(metrics[hit]) for hit in hits)]
+    texts = [
+        name,
+        f"{metrics.get('num_queries', 0):,}",
+        _number(metrics["mrr"]),
+        *(_number(metrics.get(hit)) for hit in hits),
+    ]
     return text_cells([*texts, _number(valid)], bold=bold)
 
 
@@ -195,7 +205,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any] | None:
     """Read a JSON file of the run; None if it is not there.
 
     Raises:
@@ -204,7 +214,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         raise RunError(f"{path} cannot be read ({err}); the run's folder is damaged") from err
+    check_record(found, kind, path)
     return found

@@ -1,14 +1,16 @@
 """The report of a sweep, from its `sweep.json`, finished or not."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedsim.errors import RunError
+from fedsim.parsing import parse_json
 from fedsim.report.html_benchmark import link
 from fedsim.report.html_page import Block, Cell, Page, Section, Table
 from fedsim.report.plots_sweep import against_value, is_number, parallel_coordinates, schedule_steps, shown
+from fedsim.run_records import SWEEP as SWEEP_RECORD
+from fedsim.run_records import check_record
 
 SWEEP = "sweep.json"
 VERSION = 1
@@ -56,7 +58,7 @@ def sweep_page(folder: Path, target: Path) -> Page:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        sweep: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        sweep: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         version = sweep["version"]
     except FileNotFoundError as err:
         raise RunError(
@@ -66,6 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read ({err}); the sweep's folder is damaged") from err
     if version != VERSION:
         raise RunError(f"{path} has version {version!r}; this fedsim reads version {VERSION}")
+    check_record(sweep, SWEEP_RECORD, path)
     return sweep
 
 

@@ -126,7 +126,8 @@ def _check_update(folder: Path) -> None:
     sent: Any = update()
     if not right:
         sent = strange(generator) if generator.random() < 0.03 else spoil(generator, sent)
-    fault = find_fault(sent, FORM, 1, OWNERSHIP, generator.choice(((), (), (1,), (0,))), LIMIT)
+    received = () if right else generator.choice(((), (), (1,), (0,)))
+    fault = find_fault(sent, FORM, 1, OWNERSHIP, received, LIMIT)
     assert not right or fault is None
     if fault is None:
         assert isinstance(sent, ClientUpdate)

@@ -72,8 +72,8 @@ class ClientParty:
             RunError: if the roster is of another round, too short or inconsistent, or has other keys of this client.
         """
         self._enter("share", "receive")
-        self._check_round(roster.round_num)
         roster.check()
+        self._check_round(roster.round_num)
         own = KeyAdvertisement(self.client, self.round_num, public_key(self._encryption), public_key(self._mask))
         if own not in roster.keys:
             raise RunError(f"{self.who}: the keys that the server passes on are not those that this client advertised")
@@ -102,8 +102,8 @@ class ClientParty:
             RunError: if the delivery is another's, of another round, was changed on its way, or has too few shares.
         """
         self._enter("receive", "mask")
-        self._check_round(delivery.round_num)
         delivery.check()
+        self._check_round(delivery.round_num)
         if delivery.client != self.client:
             raise RunError(f"{self.who}: got the shares that client {delivery.client} was sent")
         for sender, text in delivery.ciphertexts.items():
@@ -148,6 +148,7 @@ class ClientParty:
                 the round: then this client reveals nothing.
         """
         self._enter("reveal", "done")
+        request.check()
         self._check_round(request.round_num)
         survivors, dropped = set(request.survivors), set(request.dropped)
         both = survivors & dropped

@@ -8,6 +8,7 @@ from torch import Tensor
 from fedsim.errors import RunError
 from fedsim.privacy.secure_aggregation.keys import KEY_BYTES, SEED_BYTES, TAG_BYTES
 
+MAX_NUMBER = 1 << 31  # of clients and rounds
 SEALED_BYTES = 2 * SEED_BYTES + TAG_BYTES  # a share of each secret, and the tag
 
 
@@ -29,6 +30,7 @@ class KeyAdvertisement:
 
     def check(self) -> None:
         """Raise RunError if a key has the wrong size."""
+        check_numbers(self, "client", "round_num")
         for name in ("encryption_key", "mask_key"):
             _check_bytes(getattr(self, name), KEY_BYTES, f"{_who(self.client, self.round_num)}: {name}")
 
@@ -54,6 +56,9 @@ class Roster:
 
     def check(self) -> None:
         """Raise RunError if a client or key is there twice, out of order, of another round or of the wrong size."""
+        check_numbers(self, "round_num", "threshold")
+        if not isinstance(self.keys, tuple) or not all(isinstance(item, KeyAdvertisement) for item in self.keys):
+            raise RunError(f"round {self.round_num}: the keys are no advertisements of keys")
         for item in self.keys:
             item.check()
             if item.round_num != self.round_num:
@@ -81,8 +86,8 @@ class EncryptedShares:
 
     def check(self) -> None:
         """Raise RunError if a ciphertext has the wrong size."""
-        for receiver, text in self.ciphertexts.items():
-            _check_bytes(text, SEALED_BYTES, f"{_who(self.client, self.round_num)}: shares for client {receiver}")
+        check_numbers(self, "client", "round_num")
+        _check_shares(self.ciphertexts, SEALED_BYTES, f"{_who(self.client, self.round_num)}: shares for client")
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,15 @@ class ShareDelivery:
 
     def check(self) -> None:
         """Raise RunError if a ciphertext has the wrong size, or rows are not flags of the senders."""
+        check_numbers(self, "client", "round_num")
         who = f"{_who(self.client, self.round_num)}"
-        for sender, text in self.ciphertexts.items():
-            _check_bytes(text, SEALED_BYTES, f"{who}: shares from client {sender}")
+        _check_shares(self.ciphertexts, SEALED_BYTES, f"{who}: shares from client")
         if self.shared_rows is None:
             return
-        right = all(flags.dtype == torch.bool and flags.dim() == 1 for flags in self.shared_rows.values())
-        if self.shared_rows.keys() != self.ciphertexts.keys() or not right:
+        right = isinstance(self.shared_rows, dict) and all(
+            is_plain(flags) and flags.dtype == torch.bool and flags.dim() == 1 for flags in self.shared_rows.values()
+        )
+        if not right or self.shared_rows.keys() != self.ciphertexts.keys():
             raise RunError(f"{who}: the rows in common are not one flag per row for each sender of shares")
 
 
@@ -147,7 +154,10 @@ class MaskedUpdate:
 
     def check(self, num_rows: int, width: int, num_common: int) -> None:
         """Raise RunError if a part has another type or shape than the round asks for."""
+        check_numbers(self, "client", "round_num")
         for name, value, shape in (("table", self.table, (num_rows, width)), ("common", self.common, (num_common,))):
+            if not is_plain(value):
+                raise RunError(f"{_who(self.client, self.round_num)}: '{name}' of the masked update is no plain tensor")
             if value.dtype != torch.int64 or tuple(value.shape) != shape:
                 raise RunError(
                     f"{_who(self.client, self.round_num)}: '{name}' of the masked update is {value.dtype} "
@@ -169,6 +179,14 @@ class UnmaskRequest:
     survivors: tuple[int, ...]
     dropped: tuple[int, ...]
 
+    def check(self) -> None:
+        """Raise RunError if those to unmask are not clients."""
+        check_numbers(self, "round_num")
+        for name in ("survivors", "dropped"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(type(client) is int for client in value):
+                raise RunError(f"round {self.round_num}: '{name}' of the request to unmask are no clients")
+
 
 @dataclass(frozen=True)
 class RevealedShares:
@@ -188,8 +206,9 @@ class RevealedShares:
 
     def check(self) -> None:
         """Raise RunError if a share has the wrong size."""
-        for other, share in (self.self_seeds | self.mask_seeds).items():
-            _check_bytes(share, SEED_BYTES, f"{_who(self.client, self.round_num)}: share of client {other}")
+        check_numbers(self, "client", "round_num")
+        for shares in (self.self_seeds, self.mask_seeds):
+            _check_shares(shares, SEED_BYTES, f"{_who(self.client, self.round_num)}: share of client")
 
 
 ToServer = KeyAdvertisement | EncryptedShares | RevealedShares
@@ -197,6 +216,27 @@ ToServer = KeyAdvertisement | EncryptedShares | RevealedShares
 
 def _who(client: int, round_num: int) -> str:
     return f"client {client}, round {round_num}"
+
+
+def is_plain(value: object) -> bool:
+    """Tell whether a value is a tensor that has its numbers in memory, in rows of one length."""
+    return isinstance(value, Tensor) and not value.is_nested and not value.is_meta and value.layout == torch.strided
+
+
+def check_numbers(message: object, *names: str) -> None:
+    """Raise RunError if a field of a message is not a whole number."""
+    for name in names:
+        value = getattr(message, name)
+        if type(value) is not int or not 0 <= value < MAX_NUMBER:
+            raise RunError(f"'{name}' of a {type(message).__name__} must be a whole number, not {str(value)[:40]!r}")
+
+
+def _check_shares(shares: object, size: int, name: str) -> None:
+    """Hold shares by client to their type and size."""
+    if not isinstance(shares, dict) or not all(type(other) is int for other in shares):
+        raise RunError(f"{name}s: they are no shares by client")
+    for other, share in shares.items():
+        _check_bytes(share, size, f"{name} {other}")
 
 
 def _check_bytes(value: bytes, size: int, name: str) -> None:

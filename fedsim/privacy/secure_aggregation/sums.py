@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsim.errors import RunError
 from fedsim.federated.message_checks import Rejection
-from fedsim.privacy.secure_aggregation.messages import MaskedUpdate
+from fedsim.privacy.secure_aggregation.messages import MaskedUpdate, check_numbers
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class MaskedSums:
             return
         if not isinstance(update, MaskedUpdate):
             raise RunError(f"round {self.round_num}: what arrived is no masked update but a {type(update).__name__}")
+        check_numbers(update, "client", "round_num")
         who = f"client {update.client}, round {update.round_num}"
         if update.round_num != self.round_num:
             raise RunError(f"{who}: the masked update is stale, the server is in round {self.round_num}")
