@@ -127,7 +127,8 @@ def attempt(target: Target, given: Input, scratch: Path, number: int) -> tuple[C
     except ALLOWED as err:
         left = next((folder / "out").rglob("*"), None)
         if left is not None:
-            return Crash(f"left {left.name} at {_place(err)}", f"refused with {err}, but left {left}", given, number), ""
+            text = f"refused with {err}, but left {left}"
+            return Crash(f"left {left.name} at {_place(err)}", text, given, number), "crash"
         return None, _place(err)
     except (Exception, TooSlow, SystemExit) as err:  # noqa: BLE001 (that is what is looked for)
         text = "".join(traceback.format_exception(err))

@@ -142,10 +142,10 @@ def run_targets() -> list[Target]:
     """Make the targets."""
     copy = {f"copy/{name}": content for name, content in run_folder().items()}
     return [
-        Target("report-run", [run_folder()], _report, 0.15),
-        Target("report-benchmark", [benchmark_folder()], _report, 0.15),
-        Target("report-sweep", [sweep_folder()], _report, 0.15),
-        Target("resume-run", [run_folder()], _resume, 0.3),
-        Target("fetch-run", [copy], _fetch, 0.3),
+        Target("report-run", [run_folder()], _report, 0.08),
+        Target("report-benchmark", [benchmark_folder()], _report, 0.08),
+        Target("report-sweep", [sweep_folder()], _report, 0.08),
+        Target("resume-run", [run_folder()], _resume, 0.2),
+        Target("fetch-run", [copy], _fetch, 0.15),
         Target("sweep-plan", [plan_folder()], _read_plan, 1.0),
     ]

@@ -148,10 +148,10 @@ def _text_targets() -> list[Target]:
     spaces = [{"space.yaml": path.read_bytes()} for path in sorted(SHIPPED.glob("*.yaml"))]
     configs = [{"config.yaml": text, "options.args": options} for text in (plain, short)]
     return [
-        Target("config", configs, _load_config, 0.3),
-        Target("tuned", [{"tuned.yaml": BUNDLED.read_bytes()}], lambda folder: read_tuned(folder / "tuned.yaml"), 0.5),
-        Target("recipes", recipes, lambda folder: read_recipes(folder / "recipe.yaml")),
-        Target("search-space", spaces, _load_space),
+        Target("config", configs, _load_config, 0.1),
+        Target("tuned", [{"tuned.yaml": BUNDLED.read_bytes()}], lambda folder: read_tuned(folder / "tuned.yaml"), 0.3),
+        Target("recipes", recipes, lambda folder: read_recipes(folder / "recipe.yaml"), 0.3),
+        Target("search-space", spaces, _load_space, 0.15),
         Target("checkpoint", [_checkpoint()], _read_checkpoint, 1.5),
     ]
 
