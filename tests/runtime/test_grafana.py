@@ -3,90 +3,17 @@
 import importlib.util
 import json
 import re
-import shutil
-import socket
-import subprocess
-import time
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
 
 import pytest
 
 from actors.metrics import METRICS
 from fedsim import cli
-from live_run import LiveRun
-from processes import wait_until
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "fedsim" / "report" / "grafana_dashboard.json").read_text(encoding="utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
-SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def prometheus(live_run: LiveRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Let Prometheus scrape the live run; returns its address."""
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("prometheus is not installed (Debian: apt-get install prometheus)")
-    folder = tmp_path_factory.mktemp("prometheus")
-    discovery = {"job_name": "ray", "file_sd_configs": [{"files": [str(live_run.targets)]}]}
-    settings = {"global": {"scrape_interval": "1s"}, "scrape_configs": [discovery]}
-    (folder / "prometheus.yml").write_text(json.dumps(settings))  # JSON is YAML
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
-    with (
-        (folder / "log.txt").open("w") as log,
-        subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log) as process,
-    ):
-        try:
-            assert wait_until(lambda: _ready(address), SECONDS), (folder / "log.txt").read_text()
-            yield address
-        finally:
-            process.kill()
-
-
-def _ready(address: str) -> bool:
-    try:
-        urllib.request.urlopen(f"http://{address}/-/ready", timeout=10).close()
-    except URLError:
-        return False
-    return True
-
-
-def _ask(address: str, query: str) -> list[Any]:
-    """Return the series that a query of the dashboard finds; an error of the query fails the test."""
-    query = query.replace("$run", ".*").replace("$__rate_interval", "10s")
-    url = f"http://{address}/api/v1/query?query={urllib.parse.quote(query)}"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        found: list[Any] = json.loads(answer.read())["data"]["result"]
-    return [item for item in found if item["value"][1] != "NaN"]
-
-
-def test_every_query_of_every_panel_finds_data(prometheus: str) -> None:
-    waiting, deadline = list(QUERIES), time.monotonic() + SECONDS
-    while waiting and time.monotonic() < deadline:
-        time.sleep(0.5)
-        waiting = [query for query in waiting if not _ask(prometheus, query)]
-    assert waiting == []
-    runs = {item["metric"]["run"] for query in QUERIES for item in _ask(prometheus, query)}
-    assert runs == {"watched"}
-
-
-def test_the_variable_lists_the_runs(prometheus: str) -> None:
-    (variable,) = [item for item in DASHBOARD["templating"]["list"] if item["name"] == "run"]
-    metric = re.fullmatch(r"label_values\((\w+), run\)", variable["query"])
-    assert metric is not None
-    deadline = time.monotonic() + SECONDS
-    while not (found := _ask(prometheus, metric[1])) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert {item["metric"]["run"] for item in found} == {"watched"}
 
 
 def test_the_file_is_what_the_script_makes() -> None:
@@ -147,10 +74,3 @@ def test_export_without_a_folder_or_into_a_file_is_one_message(
     (tmp_path / "file").write_text("")
     assert cli.main(["dashboard", "export", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
-
-
-def test_ray_reads_the_folder_that_the_command_names(live_run: LiveRun) -> None:
-    """Ray's settings for Grafana name the folder of dashboards of their session."""
-    grafana = live_run.targets.parent / "metrics" / "grafana"
-    provisioning = grafana / "provisioning" / "dashboards" / "default.yml"
-    assert f"path: {grafana / 'dashboards'}" in provisioning.read_text(encoding="utf-8")

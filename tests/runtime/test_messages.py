@@ -330,6 +330,7 @@ def _readable(annotation: Any) -> str:
     for prefix in (
         "torch.",
         "pathlib.",
+        "collections.abc.",
         "fedsim.federated.messages.",
         "fedsim.federated.aggregation.",
         "fedsim.federated.message_checks.",

@@ -1,6 +1,5 @@
 """Ray's metrics: what a live run shows, how many series there are, and what the docs say of them."""
 
-import json
 import re
 import threading
 import time
@@ -14,7 +13,6 @@ from actors import metrics
 from actors.calls import Call
 from actors.metrics import METRICS, RunMetrics, Watch, WatchedTimeline
 from fedsim.errors import RunError
-from live_run import LiveRun
 
 WATCHING = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8")
 SAMPLE = re.compile(r"^(ray_fedsim_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
@@ -60,55 +58,6 @@ def run_metrics(told: list[Any]) -> Iterator[RunMetrics]:
     made = RunMetrics("fedsim/trial", 5, per_client=True)
     yield made
     made.close()
-
-
-def _samples(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for name, labels, value in SAMPLE.findall(text):
-        found.setdefault(name, []).append((dict(LABEL.findall(labels)), float(value)))
-    return found
-
-
-def _exported(name: str) -> str:
-    """Return the name under which Ray shows a metric."""
-    ending = {"gauge": "", "counter": "_total", "histogram": "_count"}[METRICS[name].kind]
-    return f"ray_{name}{ending}"
-
-
-def test_a_live_run_shows_every_metric_with_its_labels(live_run: LiveRun) -> None:
-    wanted = {_exported(name) for name in METRICS}
-    found = _samples(live_run.scrape_until(lambda text: wanted <= _samples(text).keys()))
-    assert wanted - found.keys() == set()
-    for name, metric in METRICS.items():
-        for labels, _ in found[_exported(name)]:
-            assert labels["run"] == "watched"
-            assert all(labels[label] for label in metric.labels)
-
-
-def test_what_a_live_run_shows_is_true(live_run: LiveRun) -> None:
-    found = _samples(live_run.scrape_until(lambda text: "ray_fedsim_client_seconds" in text))
-    value = {name: samples[0][1] for name, samples in found.items()}
-    rows = [json.loads(line) for line in (live_run.folder / "metrics.jsonl").read_text().splitlines()]
-    totals = {row["round"]: row for row in rows if row["client"] is None}
-    assert value["ray_fedsim_rounds"] == 100_000
-    assert 1 <= value["ray_fedsim_round"] <= max(totals)
-    assert value["ray_fedsim_valid_mrr"] in {row["valid"]["mrr"] for row in totals.values()}
-    assert value["ray_fedsim_clients_alive"] == value["ray_fedsim_clients_trained"] == 3
-    assert value["ray_fedsim_clients_failed"] == value["ray_fedsim_clients_late"] == 0
-    actors = {labels["actor"] for labels, _ in found["ray_fedsim_host_memory_bytes"]}
-    assert actors == {"driver", "server", "pool-0"}
-    assert all(50e6 < memory < 2e9 for _, memory in found["ray_fedsim_host_memory_bytes"])
-    phases = {labels["phase"] for labels, _ in found["ray_fedsim_phase_seconds"]}
-    assert {"train", "aggregate", "distil", "evaluate", "measure", "checkpoint"} == phases
-    assert {labels["phase"] for labels, _ in found["ray_fedsim_call_seconds_count"]} == phases - {"checkpoint"}
-    assert {labels["client"] for labels, _ in found["ray_fedsim_client_loss"]} == {"0", "1", "2"}
-
-
-def test_a_gauge_is_still_there_when_ray_would_have_forgotten_it(live_run: LiveRun) -> None:
-    """The number of rounds is set once; at the interval of this run Ray forgets a gauge after four seconds."""
-    first_round = json.loads((live_run.folder / "metrics.jsonl").read_text().splitlines()[3])
-    time.sleep(max(0.0, first_round["unix_seconds"] + 6 - time.time()))
-    assert "ray_fedsim_rounds" in live_run.scrape()
 
 
 def test_a_round_is_told(run_metrics: RunMetrics, told: list[Any]) -> None:
