@@ -277,8 +277,13 @@ def _load_triples(path: Path, name: str, entity_ids: dict[str, int], relation_id
 
 def _check_meta(path: Path, meta: dict[str, Any], features: dict[str, Features]) -> None:
     """Hold the loaded files to what meta.json says of them."""
+    for section in ("features", "checksums"):
+        if not isinstance(meta.get(section, {}), dict):
+            raise DataError(f"{path / 'meta.json'}: {section} is {meta[section]!r}, need an object by name; mend it")
     for modality, expected in meta.get("features", {}).items():
         file = path / "features" / f"{modality}.safetensors"
+        if not isinstance(expected, dict):
+            raise DataError(f"{path / 'meta.json'}: features.{modality} is {expected!r}, need an object; mend it")
         if modality not in features:
             raise DataError(f"{file}: file not found though meta.json lists the modality; write or fetch it again")
         for field, found in (("dim", features[modality].dim), ("num_rows", len(features[modality].entity))):

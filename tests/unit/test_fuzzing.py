@@ -31,7 +31,8 @@ def _explode(folder: Path) -> None:
 
 
 def _linger(folder: Path) -> None:
-    while b"valid" not in (folder / "a.txt").read_bytes():
+    wrong = b"valid" not in (folder / "a.txt").read_bytes()
+    while wrong:
         pass
 
 
@@ -123,3 +124,27 @@ def test_ids_that_would_make_an_absurd_table_are_refused(tmp_path: Path) -> None
     (tmp_path / "fede.pkl").write_bytes(pickle.dumps(clients))
     with pytest.raises(FedSimError, match="has the id 1099511627776"):
         import_dataset(tmp_path / "fede.pkl", tmp_path / "out")
+
+
+@pytest.mark.parametrize("broken", [{"features": 1}, {"features": {"image": True}}, {"checksums": [1]}])
+def test_a_meta_file_of_another_shape_is_refused(tmp_path: Path, broken: dict[str, object]) -> None:
+    import json
+
+    from fedsim.data.dataset import load_dataset
+    from fuzzing import engine, seeds
+
+    files = seeds.dataset_folder()
+    engine.write_input(files | {"meta.json": json.dumps({"format_version": 1} | broken).encode()}, tmp_path / "data")
+    with pytest.raises(DataError, match="need an object"):
+        load_dataset(tmp_path / "data")
+
+
+def test_a_grid_is_counted_before_it_is_listed() -> None:
+    """Four parameters of 100 values are 10^8 trials."""
+    from fedsim.errors import ConfigError
+    from tune.search_space import parse_space
+
+    paths = ("diffusion.steps", "training.batch_size", "federation.num_rounds", "training.local_epochs")
+    space = parse_space({"space": {path: list(range(1, 101)) for path in paths}}, "s")
+    with pytest.raises(ConfigError, match="100000000 trials"):
+        space.grid()

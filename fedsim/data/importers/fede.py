@@ -6,7 +6,7 @@ tail) and `edge_type_ori` [n] in global ids, beside client-local ids that are no
 
 import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +28,6 @@ _ALLOWED = {
 SPARE_IDS, MAX_GAP = 100_000, 100
 
 
-class _Reader:
-    """A file without `readinto`: of a file that is cut, Python's unpickler frees what it reads into while it is in use."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.readline = file.read, file.readline
-
-
 class _NumpyUnpickler(pickle.Unpickler):
     """Builds plain containers and numpy arrays, and nothing else."""
 
@@ -50,7 +43,7 @@ def read_fede(path: Path) -> SplitRows:
     """Read a FedE pickle as rows client, head, relation, tail."""
     try:
         with path.open("rb") as file:
-            clients = _NumpyUnpickler(_Reader(file)).load()
+            clients = _NumpyUnpickler(file).load()
     except FileNotFoundError as err:
         raise DataError(f"{path}: file not found") from err
     except Exception as err:  # a damaged pickle can raise anything
