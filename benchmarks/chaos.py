@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
 }
 REPLACED = re.compile(r"; replaced .* in ([0-9.]+) s, of which ([0-9.]+) s for")
 RUN_SECONDS = 1800.0
-CLUSTER_ATTEMPTS = 5
+CLUSTER_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -332,8 +332,7 @@ def main(
     task: str | None,
 ) -> None:
     """Run the schedules and compare."""
-    patient = {"RAY_raylet_start_wait_time_s": "300"}  # a node takes its time to start on a busy machine
-    os.environ.update({"OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **PYTHON, **patient})
+    os.environ.update({"OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **PYTHON})
     if task is not None:
         drive(json.loads(task))
         return
