@@ -260,8 +260,6 @@ def main(args: Sequence[str] | None = None) -> int:
         if err.errno is None:
             raise
         return _fail(_explain_os_error(err))
-    finally:
-        logging.shutdown()
     return status if isinstance(status, int) else 0
 
 

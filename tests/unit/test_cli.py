@@ -1,5 +1,6 @@
 """The command line: options from the config tree, messages, exit codes."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,18 @@ def test_import_makes_a_data_set_that_split_takes(
     assert cli.main(["data", "split", "made", "one.safetensors", "--num-clients", "1"]) == 0
     assert cli.main(["data", "import", "source", "made"]) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_a_command_closes_no_log_of_its_host() -> None:
+    """A library's handler may hold a stream that is not its own; Python ends all logs when the process ends."""
+
+    class Log(logging.Handler):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+            super().close()
+
+    log = Log()
+    assert cli.main(["config"]) == 0
+    assert not log.closed
