@@ -82,7 +82,8 @@ class _LoggedObserver(ConsoleObserver):
     def round_finished(self, summary: RoundSummary) -> None:
         seconds = ", ".join(f"{phase} {value:.2f} s" for phase, value in summary.seconds.items())
         mrr = "none" if summary.valid_mrr is None else f"{summary.valid_mrr:.4f}"
-        logger.info("round %d: loss %.4f, valid MRR %s; %s", summary.round_num, summary.loss, mrr, seconds)
+        loss = "none" if summary.loss is None else f"{summary.loss:.4f}"
+        logger.info("round %d: loss %s, valid MRR %s; %s", summary.round_num, loss, mrr, seconds)
         super().round_finished(summary)
 
     def message(self, text: str) -> None:
