@@ -33,7 +33,7 @@ from pathlib import Path
 
 import click
 from job_data import JobData, make_data
-from process_tree import Memory, watch
+from process_tree import Memory, fedsim_run, watch
 from tables import Sheet, megabytes
 from transe_job import Job
 
@@ -118,15 +118,7 @@ def command(contestant: Contestant, data: JobData, num_rounds: int, flower: Path
         config = fedsim.load_config(overrides={**data.settings(), **changes})
         file = folder / "config.yaml"
         file.write_text(dump_config(config), encoding="utf-8")
-        return [
-            str(Path(sys.executable).with_name("fedsim")),
-            "run",
-            str(file),
-            "--output",
-            str(folder / "run"),
-            "--report.html",
-            "false",
-        ]
+        return fedsim_run(file, folder / "run")
     job = Job(str(data.array), num_rounds=num_rounds, num_epochs=epochs, own_rows=contestant.own_rows)
     programs = {
         "loop": [sys.executable, str(HERE / "transe_job.py")],

@@ -11,7 +11,6 @@ the other, again and again. Without a GPU it says that it was skipped.
 
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import click
 import torch
 from job_data import JobData, make_data
-from process_tree import watch
+from process_tree import fedsim_run, watch
 from tables import Sheet
 
 import fedsim
@@ -50,16 +49,7 @@ def run_way(data: JobData, settings: Mapping[str, Any], num_rounds: int, folder:
     changes = {**data.settings(), **COSTLY, **settings, "federation.num_rounds": num_rounds + 2}
     file = folder / "config.yaml"
     file.write_text(dump_config(fedsim.load_config(overrides=changes)), encoding="utf-8")
-    words = [
-        str(Path(sys.executable).with_name("fedsim")),
-        "run",
-        str(file),
-        "--output",
-        str(folder / "run"),
-        "--report.html",
-        "false",
-    ]
-    return watch(words, {"OMP_NUM_THREADS": "1"}).round_seconds[:-1]
+    return watch(fedsim_run(file, folder / "run"), {"OMP_NUM_THREADS": "1"}).round_seconds[:-1]
 
 
 @click.command()

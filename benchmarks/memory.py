@@ -7,7 +7,6 @@ Memory is the sum of the proportional set sizes (PSS) of the command and all tha
 object store included, sampled twice a second from the command to its end; the table shows the highest sample.
 """
 
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 import click
 from job_data import make_data
-from process_tree import watch
+from process_tree import fedsim_run, watch
 from tables import Sheet, megabytes
 
 import fedsim
@@ -91,10 +90,8 @@ def run_job(job: MemoryJob, num_rounds: int, sheet: Sheet) -> tuple[list[str], l
         config = fedsim.load_config(overrides=settings | {"federation.num_rounds": num_rounds})
         file = Path(name) / "config.yaml"
         file.write_text(dump_config(config), encoding="utf-8")
-        fedsim_command = str(Path(sys.executable).with_name("fedsim"))
         sheet.progress(f"{job.title} ...")
-        words = [fedsim_command, "run", str(file), "--output", str(Path(name) / "run"), "--report.html", "false"]
-        seen = watch(words, ENVIRONMENT, memory=True, timeout_seconds=3600)
+        seen = watch(fedsim_run(file, Path(name) / "run"), ENVIRONMENT, memory=True, timeout_seconds=3600)
     assert seen.peak is not None, "memory was sampled"
     peak = seen.peak.total_bytes
     row = [job.title, megabytes(peak), megabytes(job.limit_bytes), str(seen.peak.num_processes)]

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -68,6 +69,12 @@ class Watched:
     def round_cpu_seconds(self) -> list[float]:
         """Processor seconds of each round but the first: they depend less on what else the machine does."""
         return [end - start for start, end in pairwise(self.cpu_ends)]
+
+
+def fedsim_run(config: Path, output: Path) -> list[str]:
+    """Write the command of a run that ends without a report, which is not what is measured."""
+    command = str(Path(sys.executable).with_name("fedsim"))
+    return [command, "run", str(config), "--output", str(output), "--report.html", "false"]
 
 
 class ProcessTree:

@@ -183,7 +183,21 @@ class PartialSums:
     rejected: tuple[Rejection, ...] = ()
 
 
-class RoundSums:
+class Tally:
+    """Whose updates are in a round's sums, which were refused, and how long it took."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+        self.rejected: list[Rejection] = []
+        self.own_seconds = self.merged_seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of summing here, and at the slowest of those whose partial sums were merged."""
+        return self.own_seconds + self.merged_seconds
+
+
+class RoundSums(Tally):
     """All that is summed in a round; its memory does not grow with the cohort (but for soft queries and kept rows).
 
     With a robust aggregator or a bound on sizes the updates themselves are held until `close`: then it does.
@@ -195,6 +209,7 @@ class RoundSums:
     """
 
     def __init__(self, shape: SumShape, round_num: int, ownership: Mapping[int, Tensor]) -> None:
+        super().__init__()
         self.shape, self.round_num, self.ownership = shape, round_num, ownership
         self.limit = range_limit(shape.num_clients)
         self.rows = self._table(shape.dim)
@@ -204,14 +219,6 @@ class RoundSums:
         self.soft_queries: dict[int, SoftQueries] = {}
         self.kept: dict[int, SentRows] = {}
         self.held: dict[int, ClientUpdate] = {}
-        self.received: set[int] = set()
-        self.rejected: list[Rejection] = []
-        self.own_seconds = self.merged_seconds = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of summing here, and at the slowest of those whose partial sums were merged."""
-        return self.own_seconds + self.merged_seconds
 
     def add(self, update: ClientUpdate) -> None:
         """Check one client's update and add it, in any order; one that does not belong is rejected and changes nothing.

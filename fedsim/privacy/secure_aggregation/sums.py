@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import RunError
+from fedsim.federated.aggregation import Tally
 from fedsim.federated.message_checks import Rejection
 from fedsim.privacy.secure_aggregation.messages import MaskedUpdate, check_numbers
 
@@ -33,7 +34,7 @@ class PartialMaskedSums:
     seconds: float
 
 
-class MaskedSums:
+class MaskedSums(Tally):
     """All that is summed in a round.
 
     Args:
@@ -48,17 +49,10 @@ class MaskedSums:
     def __init__(
         self, round_num: int, num_rows: int, width: int, num_common: int, ownership: Mapping[int, Tensor] | None
     ) -> None:
+        super().__init__()
         self.round_num, self.ownership = round_num, ownership
         self.table = torch.zeros(num_rows, width, dtype=torch.int64)
         self.common = torch.zeros(num_common, dtype=torch.int64)
-        self.received: set[int] = set()
-        self.rejected: list[Rejection] = []
-        self.own_seconds = self.merged_seconds = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of summing here, and at the slowest of those whose partial sums were merged."""
-        return self.own_seconds + self.merged_seconds
 
     def rows_of(self, client: int) -> Tensor | None:
         """Return the rows that a client sends, int64 [num_rows]; None for all."""
