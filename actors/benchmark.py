@@ -1,5 +1,7 @@
 """Runs of a benchmark as Ray tasks: one CPU each, as many at a time as the cluster has room for."""
 
+import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -12,6 +14,10 @@ from fedsim.benchmark.execution import Outcome, Outcomes, run_cell
 from fedsim.benchmark.plan import Cell
 from fedsim.errors import RunError
 
+_NOTICE_SECONDS = 600.0  # without an outcome, until the log says for whom it waits
+
+logger = logging.getLogger(__name__)
+
 
 @ray.remote(max_retries=0)
 def _run_cell(cell: Cell, keep_models: bool) -> Outcome:
@@ -19,7 +25,12 @@ def _run_cell(cell: Cell, keep_models: bool) -> Outcome:
 
 
 def run_on_ray(
-    cells: Sequence[Cell], *, keep_models: bool, gpus_per_run: float = 0.0, address: str | None = None
+    cells: Sequence[Cell],
+    *,
+    keep_models: bool,
+    gpus_per_run: float = 0.0,
+    hours_per_run: float = 24.0,
+    address: str | None = None,
 ) -> Outcomes:
     """Run cells as tasks and yield their outcomes as they come; the benchmark's folder must be on shared storage.
 
@@ -29,6 +40,8 @@ def run_on_ray(
         cells: what to run.
         keep_models: keep the checkpoints and models of finished runs.
         gpus_per_run: share of a GPU that a run reserves.
+        hours_per_run: a run that takes longer, its wait for a free CPU included, is ended and an outcome with a
+            message.
         address: cluster to join, if no Ray is connected yet; None starts one on this machine.
 
     Raises:
@@ -38,6 +51,7 @@ def run_on_ray(
     if started_here:
         connect(address, dashboard=cells[0].config.runtime.dashboard)
     running: dict[ObjectRef[Outcome], Cell] = {}
+    started: dict[ObjectRef[Outcome], float] = {}  # by the monotonic clock
     try:
         num_slots = _num_slots(cells, gpus_per_run)
         waiting = deque(cells)
@@ -46,10 +60,14 @@ def run_on_ray(
                 cell = waiting.popleft()
                 num_cpus = cell.config.runtime.torch_threads
                 task = _run_cell.options(num_cpus=num_cpus, num_gpus=gpus_per_run, name=f"fedsim/{cell.name}")
-                running[task.remote(cell, keep_models)] = cell
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for ref in ready:
+                ref = task.remote(cell, keep_models)
+                running[ref], started[ref] = cell, time.monotonic()
+            for ref in _ended(running, started, hours_per_run * 3600):
                 yield _outcome(ref, running.pop(ref))
+            for ref in _overdue(running, started, hours_per_run * 3600):
+                ray.cancel(ref, force=True)
+                message = f"not done after {hours_per_run:g} hours; raise --hours-per-run to let it go on"
+                yield Outcome(running.pop(ref).folder, error=message)
     finally:
         for ref in running:
             ray.cancel(ref, force=True)
@@ -69,6 +87,27 @@ def _num_slots(cells: Sequence[Cell], gpus_per_run: float) -> int:
         need = f"{num_cpus} CPUs" + (f" and {gpus_per_run:g} GPUs" if gpus_per_run > 0 else "")
         raise RunError(f"no node of the Ray cluster has {need} for a run; lower --gpus-per-run or the torch threads")
     return sum(room) + len(nodes)
+
+
+def _ended(
+    running: dict["ObjectRef[Outcome]", Cell], started: dict["ObjectRef[Outcome]", float], limit_seconds: float
+) -> "list[ObjectRef[Outcome]]":
+    """Wait until a run has ended, or the first one's time is over; says now and then for whom it waits."""
+    deadline = min(started[ref] for ref in running) + limit_seconds
+    while True:
+        seconds = max(min(deadline - time.monotonic(), _NOTICE_SECONDS), 0.0)
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=seconds)
+        if ready or time.monotonic() >= deadline:
+            return ready
+        names = (f"{cell.name} for {(time.monotonic() - started[ref]) / 60:.0f} min" for ref, cell in running.items())
+        logger.info("waiting for runs: %s", ", ".join(names))
+
+
+def _overdue(
+    running: dict["ObjectRef[Outcome]", Cell], started: dict["ObjectRef[Outcome]", float], limit_seconds: float
+) -> "list[ObjectRef[Outcome]]":
+    """List the runs whose time is over."""
+    return [ref for ref in running if time.monotonic() - started[ref] >= limit_seconds]
 
 
 def _outcome(ref: "ObjectRef[Outcome]", cell: Cell) -> Outcome:

@@ -47,6 +47,13 @@ def benchmark_command(run_on_ray: RayRunner) -> click.Command:
     @click.option("--tune", is_flag=True, help="Tune the methods instead, with the recipe's budget; writes --tuned.")
     @click.option("--runtime", type=click.Choice(["ray", "in-process"]), default="ray", show_default=True)
     @click.option("--gpus-per-run", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of a GPU.")
+    @click.option(
+        "--hours-per-run",
+        type=click.FloatRange(min=0, min_open=True),
+        default=24.0,
+        show_default=True,
+        help="On Ray: a run that takes longer is ended and counts as failed.",
+    )
     @click.option("--keep-models", is_flag=True, help="Keep checkpoints and models of finished runs.")
     @click.option("--list", "listing", is_flag=True, help="Show methods, groups and recipes.")
     @config_options
@@ -85,7 +92,8 @@ def _carry_out(plan: Plan, run_on_ray: RayRunner, options: dict[str, Any]) -> bo
     def execute(cells: Sequence[Cell]) -> Outcomes:
         if options["runtime"] == "ray":
             address = current_overrides().get("runtime.address")
-            return run_on_ray(cells, keep_models=keep, gpus_per_run=options["gpus_per_run"], address=address)
+            limits = {name: options[name] for name in ("gpus_per_run", "hours_per_run")}
+            return run_on_ray(cells, keep_models=keep, address=address, **limits)
         from fedsim.benchmark.execution import run_in_process
 
         return run_in_process(cells, keep_models=keep)

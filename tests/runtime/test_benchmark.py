@@ -69,6 +69,17 @@ def test_runs_that_the_cluster_has_no_room_for_are_refused(tmp_path: Path) -> No
         list(run_on_ray(cells, keep_models=False, gpus_per_run=0.5))
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_runs_that_take_too_long_are_ended_and_said(tmp_path: Path) -> None:
+    write_tiny_dataset(tmp_path / "tiny")
+    cells = _plan(tmp_path / "out", tmp_path / "tiny").cells()
+    outcomes = list(run_on_ray(cells, keep_models=False, hours_per_run=1e-9))
+    assert {outcome.folder for outcome in outcomes} == {cell.folder for cell in cells}
+    assert {outcome.error for outcome in outcomes} == {
+        "not done after 1e-09 hours; raise --hours-per-run to let it go on"
+    }
+
+
 def test_a_killed_benchmark_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_dataset(tmp_path / "tiny")
     settings = SMALL | {"data.path": "tiny", "data.num_clients": 2, "federation.num_rounds": NUM_ROUNDS}
