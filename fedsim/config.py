@@ -137,6 +137,11 @@ class TrainingConfig(Section):
     margin: Weight = Field(10.0, description="gamma of self_adversarial; 0 with scorers that are no distances, as FedE")
     adversarial_temperature: Weight = Field(1.0, description="temperature of self_adversarial; 0 weighs all alike")
     corruption: Literal["tail", "both"] = Field("both", description="sides asked for in training")
+    compile: bool = Field(
+        False,
+        description="distances of transe and rotate by C code on one thread, which each process compiles at its start "
+        "(needs a C compiler); pays after about 50 steps of 512 triples",
+    )
 
 
 class EvaluationConfig(Section):
@@ -235,6 +240,14 @@ class Config(Section):
             raise ValueError(
                 "training.corruption 'tail' with training.reciprocal leaves the relations of head queries untrained, "
                 "but evaluation.protocol 'both' asks for heads: set the protocol to fede, or reciprocal to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_for_cpus(self) -> "Config":
+        if self.training.compile and self.runtime.gpus_per_client > 0:
+            raise ValueError(
+                "training.compile is for clients on CPUs: set it to false, or runtime.gpus_per_client to 0"
             )
         return self
 

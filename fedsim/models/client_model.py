@@ -18,7 +18,7 @@ from fedsim.models.fusion import FUSIONS, QueryPlan, one_scorer_each
 from fedsim.models.imputers import IMPUTERS, Imputation, TokenTable
 from fedsim.models.losses import LOSSES
 from fedsim.models.parameters import Params, layer_norm, linear, linear_init, take_rows
-from fedsim.models.scorers import SCORERS
+from fedsim.models.scorers import SCORERS, compiled_scorer
 
 T = TypeVar("T")
 # Linear in the known entity and in the query vector, so that queries with the same candidates can be added up.
@@ -91,6 +91,8 @@ class ClientModel:
     def __init__(self, config: Config, feature_dims: Mapping[str, int]) -> None:
         self.config = config
         self.scorer = pick(SCORERS, "model.scorer", config.model.scorer)
+        if config.training.compile:
+            self.scorer = compiled_scorer(self.scorer.name)
         self.fusion = pick(FUSIONS, "model.fusion", config.model.fusion)
         self.feature_dims = dict(feature_dims) if self.fusion.uses_modalities else {}
         self.num_tokens = 1 + len(self.feature_dims)

@@ -89,13 +89,13 @@ def dot_rows(query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     Returns:
         Dot products. [..., batch, num]
     """
-    products: Tensor = _DotRows.apply(*_flatten(query, table, ids))  # type: ignore[no-untyped-call]
+    products: Tensor = _DotRows.apply(*flatten_tables(query, table, ids))  # type: ignore[no-untyped-call]
     return products.view(ids.shape)
 
 
 def distance_rows(query: Tensor, table: Tensor, ids: Tensor, norm: Norm) -> Tensor:
     """Measure each query's distance to its own rows of the table; shapes as in `dot_rows`."""
-    distances: Tensor = _DistanceRows.apply(*_flatten(query, table, ids), norm)  # type: ignore[no-untyped-call]
+    distances: Tensor = _DistanceRows.apply(*flatten_tables(query, table, ids), norm)  # type: ignore[no-untyped-call]
     return distances.view(ids.shape)
 
 
@@ -113,7 +113,23 @@ def euclidean(query: Tensor, candidates: Tensor) -> Tensor:
     return distances.view(*query.shape[:-1], candidates.shape[-2])
 
 
-def _flatten(query: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Distances(NamedTuple):
+    """Who computes distances: `BLOCKED` here, or `fedsim.models.compiled.COMPILED`.
+
+    Attributes:
+        all_pairs: as `distance`.
+        rows: as `distance_rows`.
+    """
+
+    all_pairs: Callable[[Tensor, Tensor, Norm], Tensor]
+    rows: Callable[[Tensor, Tensor, Tensor, Norm], Tensor]
+
+
+BLOCKED = Distances(distance, distance_rows)
+"""By torch's operators, block by block; for every type and device."""
+
+
+def flatten_tables(query: Tensor, table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Join stacked tables to one: [num_queries, dim], [num_tables * num_rows, dim], int64 [num_queries, num]."""
     num_rows, dim = table.shape[-2:]
     if table.shape[:-2].numel() > 1:

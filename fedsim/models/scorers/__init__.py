@@ -13,6 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fedsim.errors import ConfigError
+from fedsim.models.compiled import COMPILED, load_library
 from fedsim.models.scorers.complex import ComplEx
 from fedsim.models.scorers.distmult import DistMult
 from fedsim.models.scorers.rotate import RotatE
@@ -73,4 +75,33 @@ class Scorer(Protocol):
 
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (TransE(), TransEL2(), DistMult(), ComplEx(), RotatE())}
 
-__all__ = ["SCORERS", "ComplEx", "DistMult", "RotatE", "Scorer", "TransE", "TransEL2"]
+COMPILED_SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (TransE(COMPILED), RotatE(COMPILED))}
+"""The same scores by compiled kernels, float32 on CPUs alone; the other scorers are matrix products."""
+
+
+def compiled_scorer(name: str) -> Scorer:
+    """Choose a registered scorer's compiled twin, ready to compute.
+
+    Raises:
+        ConfigError: if it has none, or this machine cannot compile.
+    """
+    if name not in COMPILED_SCORERS:
+        raise ConfigError(
+            f"config field 'training.compile' = true, but scorer '{name}' has nothing to compile: set it to false, or "
+            f"choose model.scorer from {', '.join(COMPILED_SCORERS)}"
+        )
+    load_library()
+    return COMPILED_SCORERS[name]
+
+
+__all__ = [
+    "COMPILED_SCORERS",
+    "SCORERS",
+    "ComplEx",
+    "DistMult",
+    "RotatE",
+    "Scorer",
+    "TransE",
+    "TransEL2",
+    "compiled_scorer",
+]

@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import ConfigError
-from fedsim.models.kernels import MODULI, distance, distance_rows
+from fedsim.models.kernels import BLOCKED, MODULI, Distances
 
 
 class RotatE:
-    """Negative sum of moduli of the differences between the rotated head and the tail."""
+    """Negative sum of moduli of the differences between the rotated head and the tail.
+
+    Args:
+        distances: who computes them.
+    """
 
     name = "rotate"
+
+    def __init__(self, distances: Distances = BLOCKED) -> None:
+        self.distances = distances
 
     def relation_dim(self, dim: int) -> int:
         """Return the width of a relation vector: one phase per complex number, half of an even ``dim``."""
@@ -37,8 +44,8 @@ class RotatE:
 
     def score(self, query: Tensor, candidates: Tensor) -> Tensor:
         """Score all pairs; [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
-        return -distance(query, candidates, MODULI)
+        return -self.distances.all_pairs(query, candidates, MODULI)
 
     def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
-        return -distance_rows(query, table, ids, MODULI)
+        return -self.distances.rows(query, table, ids, MODULI)

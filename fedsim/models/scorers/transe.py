@@ -10,13 +10,20 @@ that the loss adds; it changes no ranking and is not part of the score.
 
 from torch import Tensor
 
-from fedsim.models.kernels import L1, L2, distance, distance_rows, euclidean
+from fedsim.models.kernels import BLOCKED, L1, L2, Distances, distance_rows, euclidean
 
 
 class TransE:
-    """Negative L1 distance between the translated head and the tail."""
+    """Negative L1 distance between the translated head and the tail.
+
+    Args:
+        distances: who computes them.
+    """
 
     name = "transe"
+
+    def __init__(self, distances: Distances = BLOCKED) -> None:
+        self.distances = distances
 
     def relation_dim(self, dim: int) -> int:
         """Return the width of a relation vector: that of an entity."""
@@ -28,11 +35,11 @@ class TransE:
 
     def score(self, query: Tensor, candidates: Tensor) -> Tensor:
         """Score all pairs; [..., batch, dim], [..., num, dim] -> [..., batch, num]."""
-        return -distance(query, candidates, L1)
+        return -self.distances.all_pairs(query, candidates, L1)
 
     def score_negatives(self, query: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """Score each query's own candidates, the rows `ids` [..., batch, num_negatives] of the table."""
-        return -distance_rows(query, table, ids, L1)
+        return -self.distances.rows(query, table, ids, L1)
 
 
 class TransEL2(TransE):
