@@ -34,7 +34,7 @@ def connect(address: str | None, *, dashboard: bool = True) -> None:
     Token authentication stays as Ray has it, and the dashboard on the loopback address.
 
     Raises:
-        RunError: if the cluster cannot be reached, in bounded time.
+        RunError: if the cluster cannot be reached or started, in bounded time.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray announces a later default for processes without a GPU by a warning; this is that default.
@@ -52,9 +52,11 @@ def connect(address: str | None, *, dashboard: bool = True) -> None:
             ray.init("local", include_dashboard=included, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (RayError, RuntimeError, ValueError, OSError) as err:
-        if address is None:
-            raise RunError(f"Ray does not start on this machine: {_line(str(err))}") from err
+    except Exception as err:  # a node that is not up in time is a bare Exception of Ray's
+        ray.shutdown()
+        if address in (None, "local"):
+            mend = "it is given up after a while on a machine that is too busy: try again when less is running"
+            raise RunError(f"Ray does not start on this machine: {_line(str(err))}; {mend}") from err
         raise RunError(f"the Ray cluster at {address} cannot be joined: {_line(str(err))}; {MEND}") from err
 
 

@@ -82,6 +82,17 @@ def test_the_dashboard_can_be_left_out(wanted: bool, included: bool | None, monk
     assert [options["include_dashboard"] for options in seen] == [included]
 
 
+def test_a_machine_where_ray_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says so by a bare Exception."""
+
+    def init(address: str, **options: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(actors.cluster.ray, "init", init)
+    with pytest.raises(RunError, match="Ray does not start on this machine: The current node timed out .* try again"):
+        actors.cluster.connect(None)
+
+
 def test_a_scratch_folder_that_is_not_there(ray_cluster: object, tmp_path: Path) -> None:
     """The line names the field, and nothing is left of the run."""
     dataset = write_tiny_dataset(tmp_path / "tiny")
