@@ -11,6 +11,8 @@ same threads and the same treatment of freed memory: the C library's defaults, a
 actor of fedsim has its own setting, a little faster; `--keep-memory` gives it to both). Speeds are those of the fastest
 repetition, with the median beside.
 
+Rows marked "compiled" are with `training.compile`; what compiling takes is printed beside.
+
 A step of `one_vs_all`, and the ranking of a bilinear scorer, are compared with the bare products of the same shapes.
 """
 
@@ -33,6 +35,8 @@ from fedsim.data.clients import ClientData, build_client, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
 from fedsim.federated.client import Client
 from fedsim.federated.runtime import make_client
+from fedsim.models.compiled import load_library
+from fedsim.models.scorers import COMPILED_SCORERS
 from fedsim.process import keep_freed_memory, pin_threads
 
 BATCH_SIZE, NUM_NEGATIVES, RANKED_AT_ONCE = 512, 256, 512
@@ -53,6 +57,8 @@ SAMPLED = {"training.loss": "self_adversarial", "training.corruption": "tail", "
 ONE_VS_ALL = {"training.loss": "one_vs_all", "training.corruption": "both", "training.reciprocal": True}
 TARGETS = {"transe": 3.0, "rotate": 4.0, "complex": 10.0}
 PYKEEN_BATCH_RANKED = 32  # PyKEEN's own choice without a GPU
+
+PARTS = ("training", "products", "ranking")
 
 Clock = Callable[[], float]
 Run = Callable[[Clock], float]
@@ -247,6 +253,7 @@ def pykeen_ranking(scorer: str, data: ClientData, dim: int) -> Run:
     help="cpu counts this process's CPU time: for one thread on a machine that is busy with other work",
 )
 @click.option("--quick", is_flag=True, help="two repetitions of three batches")
+@click.option("--part", type=click.Choice(PARTS), multiple=True, help="measure this alone; give it again for more")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="markdown file for the tables")
 def main(
     data: str,
@@ -257,6 +264,7 @@ def main(
     keep_memory: bool,
     clock: str,
     quick: bool,
+    part: tuple[str, ...],
     output: Path | None,
 ) -> None:
     """Time training and ranking, ours, PyKEEN's and bare matrix products."""
@@ -271,15 +279,23 @@ def main(
         whole = build_data(data)
     except fedsim.FedSimError as err:
         raise click.ClickException(str(err)) from err
+    started = time.perf_counter()
+    load_library()
+    compiled = time.perf_counter() - started
     sheet.say(
         f"{data}: {len(whole.entity_ids):,} entities, {len(whole.relation_ids)} relations; {dim} numbers per entity, "
         f"batch {BATCH_SIZE}, {NUM_NEGATIVES} negatives. {repeats} repetitions of {batches} batches, interleaved. "
         f"Seconds of {clock} time. "
-        f"Both sides: torch threads {threads}, freed memory {'kept (mallopt)' if kept else 'left to the C library'}."
+        f"Both sides: torch threads {threads}, freed memory {'kept (mallopt)' if kept else 'left to the C library'}. "
+        f"Compiling (training.compile) took {compiled:.2f} s, once per process."
     )
-    train_against_pykeen(whole, dim, batches, Contest(repeats, CLOCKS[clock], sheet))
-    train_against_products(whole, dim, batches, Contest(repeats, CLOCKS[clock], sheet))
-    rank(whole, dim, 1 if quick else 4, Contest(repeats, CLOCKS[clock], sheet))
+    parts: dict[str, Callable[[Contest], None]] = {
+        "training": lambda contest: train_against_pykeen(whole, dim, batches, contest),
+        "products": lambda contest: train_against_products(whole, dim, batches, contest),
+        "ranking": lambda contest: rank(whole, dim, 1 if quick else 4, contest),
+    }
+    for name in part or PARTS:
+        parts[name](Contest(repeats, CLOCKS[clock], sheet))
     sheet.close()
 
 
@@ -287,48 +303,47 @@ def train_against_pykeen(whole: ClientData, dim: int, batches: int, contest: Con
     """Compare negative sampling with PyKEEN's."""
     num_triples = batches * BATCH_SIZE
     data = cut(whole, num_triples, 0)
-    pairs = [("transe", dim), ("rotate", dim), ("complex", dim), ("rotate", 2 * dim), ("complex", 2 * dim)]
-    for scorer, width in pairs:
-        settings = SAMPLED | {"model.scorer": scorer, "model.dim": width}
-        contest.enter(f"{scorer} {width}", our_training(our_client(data, settings)))
-        contest.enter(f"{scorer} {width} PyKEEN", pykeen_training(scorer, data, width))
+    own: dict[str, str] = {}  # ours -> PyKEEN's
+    jobs = [("transe", dim), ("rotate", dim), ("complex", dim), ("rotate", 2 * dim), ("complex", 2 * dim)]
+    for scorer, width in jobs:
+        peer = f"{scorer} {width} PyKEEN"
+        for name, settings in variants(f"{scorer} {width}", {"model.scorer": scorer, "model.dim": width}):
+            contest.enter(name, our_training(our_client(data, settings)))
+            own[name] = peer
+        contest.enter(peer, pykeen_training(scorer, data, width))
     contest.enter(f"transe_l2 {dim} PyKEEN", pykeen_training("transe_l2", data, dim))
-    shared = ("transe", "transe_l2", "rotate", "complex")
-    for scorer in shared:
-        settings = SAMPLED | {"model.scorer": scorer, "model.dim": dim, "training.negatives": "shared"}
-        contest.enter(f"{scorer} {dim} shared", our_training(our_client(data, settings)))
+    shared: dict[str, str] = {}
+    for scorer in ("transe", "transe_l2", "rotate", "complex"):
+        fixed = {"model.scorer": scorer, "model.dim": dim, "training.negatives": "shared"}
+        for name, settings in variants(f"{scorer} {dim} shared", fixed):
+            contest.enter(name, our_training(our_client(data, settings)))
+            # TransE is compared with PyKEEN's of the same norm, the others with its L1.
+            shared[name] = f"transe{'_l2' * (scorer == 'transe_l2')} {dim} PyKEEN"
     contest.hold()
 
     def speeds(name: str) -> list[str]:
         return [f"{num_triples / seconds:,.0f}" for seconds in (contest.best(name), contest.middle(name))]
 
-    def ratio(name: str, peer: str) -> float:
-        return contest.best(peer) / contest.best(name)
+    ratios = {name: contest.best(peer) / contest.best(name) for name, peer in (own | shared).items()}
+    for peers, title, peer_name in (
+        (own, "negatives per triple, against PyKEEN's sLCWA", "PyKEEN"),
+        (shared, "negatives shared in the batch, against PyKEEN's TransE", "PyKEEN TransE"),
+    ):
+        rows = [(name, *speeds(name), *speeds(peer), f"{ratios[name]:.1f}") for name, peer in peers.items()]
+        columns = ("scorer, numbers per entity", "ours, best", "median", f"{peer_name}, best", "median")
+        contest.sheet.table(f"Training triples per second, {title}", (*columns, "ratio of the best"), rows)
+    wanted = [(f"{scorer} {dim}", least) for scorer, least in TARGETS.items()]
+    wanted += [(f"transe {dim} shared, compiled", 30.0), (f"transe_l2 {dim} shared", 30.0)]
+    contest.sheet.verdicts(
+        [(name, f">= {least:g}x", f"{ratios[name]:.1f}x", ratios[name] >= least) for name, least in wanted]
+    )
 
-    columns = ("scorer, numbers per entity", "ours, best", "median", "PyKEEN, best", "median", "ratio of the best")
-    rows = []
-    for scorer, width in pairs:
-        name = f"{scorer} {width}"
-        rows.append((name, *speeds(name), *speeds(f"{name} PyKEEN"), f"{ratio(name, f'{name} PyKEEN'):.1f}"))
-    contest.sheet.table("Training triples per second, negatives per triple, against PyKEEN's sLCWA", columns, rows)
-    # TransE is compared with PyKEEN's of the same norm, the others with its L1.
-    peers = {f"{scorer} {dim} shared": f"transe{'_l2' * (scorer == 'transe_l2')} {dim} PyKEEN" for scorer in shared}
-    rows = [(name, *speeds(name), *speeds(peer), f"{ratio(name, peer):.1f}") for name, peer in peers.items()]
-    columns = (
-        "scorer, numbers per entity",
-        "ours, best",
-        "median",
-        "PyKEEN TransE, best",
-        "median",
-        "ratio of the best",
-    )
-    contest.sheet.table(
-        "Training triples per second, negatives shared in the batch, against PyKEEN's TransE", columns, rows
-    )
-    wanted = [(f"{scorer} {dim}", f"{scorer} {dim} PyKEEN", least) for scorer, least in TARGETS.items()]
-    wanted += [(f"{scorer} {dim} shared", peers[f"{scorer} {dim} shared"], 30.0) for scorer in ("transe", "transe_l2")]
-    found = [(name, least, ratio(name, against)) for name, against, least in wanted]
-    contest.sheet.verdicts([(name, f">= {least:g}x", f"{value:.1f}x", value >= least) for name, least, value in found])
+
+def variants(name: str, settings: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Name the settings of a job, and the same compiled if its scorer can be."""
+    plain = SAMPLED | dict(settings)
+    compiled = [(f"{name}, compiled", plain | {"training.compile": True})]
+    return [(name, plain), *(compiled if settings["model.scorer"] in COMPILED_SCORERS else [])]
 
 
 def train_against_products(whole: ClientData, dim: int, batches: int, contest: Contest) -> None:
@@ -358,10 +373,11 @@ def rank(whole: ClientData, dim: int, batches: int, contest: Contest) -> None:
     num_entities = len(whole.entity_ids)
     products = bare_products(RANKED_AT_ONCE, num_entities, dim, backward=False, repeats=2 * batches)
     contest.enter("products", products)
-    scorers = ("complex", "distmult", "transe", "rotate")
-    for scorer in scorers:
-        settings = ONE_VS_ALL | {"model.scorer": scorer, "model.dim": dim}
-        contest.enter(scorer, our_ranking(our_client(cut(whole, len(whole.train), num_triples), settings)))
+    scorers = ("complex", "distmult", "transe", "transe, compiled", "rotate", "rotate, compiled")
+    for name in scorers:
+        scorer, *compiled = name.split(", ")
+        settings = ONE_VS_ALL | {"model.scorer": scorer, "model.dim": dim, "training.compile": bool(compiled)}
+        contest.enter(name, our_ranking(our_client(cut(whole, len(whole.train), num_triples), settings)))
     contest.enter("PyKEEN transe", pykeen_ranking("transe", cut(whole, len(whole.train), num_peer), dim))
     contest.hold()
     triples = {name: num_triples / contest.best(name) for name in ("products", *scorers)}
