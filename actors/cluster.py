@@ -19,7 +19,6 @@ from fedsim.errors import RunError
 PROBE_SECONDS = 60.0  # for a process that imports Ray and joins; Ray itself would try for minutes
 PORT_SECONDS = 5.0
 MEASURE_SECONDS = 120.0
-START_ATTEMPTS = 3
 KEPT_TASKS = 2000
 MEND = (
     "check runtime.address, that the cluster runs (`ray status`) and that this process has its token "
@@ -27,8 +26,6 @@ MEND = (
     "machine"
 )
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
-
-logger = logging.getLogger(__name__)
 
 
 def connect(address: str | None, *, dashboard: bool = True) -> None:
@@ -48,33 +45,19 @@ def connect(address: str | None, *, dashboard: bool = True) -> None:
     os.environ.setdefault("RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs", str(KEPT_TASKS))
     if address is not None and address != "local":
         _probe(address)
+    # An explicit address: without one Ray joins whatever cluster it finds on the machine.
     try:
         if address in (None, "local"):
-            _start(None if dashboard else False)  # None: where its packages are installed
+            included = None if dashboard else False  # None: where its packages are installed
+            ray.init("local", include_dashboard=included, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (RayError, RuntimeError, ValueError, OSError) as err:
+    except Exception as err:  # a node that is not up in time is a bare Exception of Ray's
+        ray.shutdown()
         if address in (None, "local"):
-            raise RunError(f"Ray does not start on this machine: {_line(str(err))}") from err
+            mend = "it is given up after a while on a machine that is too busy: try again when less is running"
+            raise RunError(f"Ray does not start on this machine: {_line(str(err))}; {mend}") from err
         raise RunError(f"the Ray cluster at {address} cannot be joined: {_line(str(err))}; {MEND}") from err
-
-
-def _start(dashboard: bool | None) -> None:
-    """Start a node on this machine; Ray gives it 30 seconds, which a busy machine may exceed, so it is tried again."""
-    for attempt in range(1, START_ATTEMPTS + 1):
-        try:
-            # An explicit address: without one Ray joins whatever cluster it finds on the machine.
-            ray.init("local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as err:
-            ray.shutdown()
-            if type(err) is not Exception:  # which stands for a node that is not up in time
-                raise
-            if attempt == START_ATTEMPTS:
-                mend = "the machine may be too busy: try again when less is running on it"
-                raise RuntimeError(f"{_line(str(err))} (attempt {attempt}); {mend}") from err
-            logger.warning("Ray did not start in time (attempt %d of %d): %s", attempt, START_ATTEMPTS, _line(str(err)))
-        else:
-            return
 
 
 def _probe(address: str) -> None:

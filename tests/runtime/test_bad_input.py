@@ -82,21 +82,15 @@ def test_the_dashboard_can_be_left_out(wanted: bool, included: bool | None, monk
     assert [options["include_dashboard"] for options in seen] == [included]
 
 
-@pytest.mark.parametrize("num_failures", [2, 3])
-def test_a_machine_where_ray_does_not_start_in_time(num_failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray says so by a bare Exception; it is tried three times."""
-    started: list[str] = []
+def test_a_machine_where_ray_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says so by a bare Exception."""
 
     def init(address: str, **options: Any) -> None:
-        started.append(address)
-        if len(started) <= num_failures:
-            raise Exception("The current node timed out during startup.")
+        raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(actors.cluster.ray, "init", init)
-    message = r"Ray does not start on this machine: The current node timed out .* \(attempt 3\); .* try again"
-    with pytest.raises(RunError, match=message) if num_failures == 3 else nullcontext():
+    with pytest.raises(RunError, match="Ray does not start on this machine: The current node timed out .* try again"):
         actors.cluster.connect(None)
-    assert started == ["local"] * 3
 
 
 def test_a_scratch_folder_that_is_not_there(ray_cluster: object, tmp_path: Path) -> None:
