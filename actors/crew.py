@@ -39,6 +39,7 @@ from fedsim.federated.runtime import (
     sampled,
 )
 from fedsim.federated.timeline import Timeline
+from fedsim.process import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +259,7 @@ class Crew:
         self.clients = [data.client for data in experiment.clients]
         owned = {data.client: torch.from_numpy(data.entity_ids) for data in experiment.clients}
         self.shared = ray.put(shared_entities(owned))
+        return_freed_memory()  # what the search took, before the actors take more
         self.give(self.client_data(experiment), self.pool)
         self.introduce()
 

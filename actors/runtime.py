@@ -35,7 +35,7 @@ from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import Experiment, Measurements, RoundResult, Runtime, phase_seconds, sampled
 from fedsim.models.parameters import Params
-from fedsim.process import pin_threads
+from fedsim.process import pin_threads, return_freed_memory, share_one_heap
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def ray_runtime(experiment: Experiment) -> Runtime:
     """
     started_here = not ray.is_initialized()
     if started_here:
+        share_one_heap()
         runtime_config = experiment.config.runtime
         connect(runtime_config.address, dashboard=runtime_config.dashboard)
         await_nodes(runtime_config)
@@ -160,9 +161,10 @@ class RayRuntime:
         return Measurements(imputation, semantic_consistency(merge_sums(sums)))
 
     def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell Ray's metrics of a finished round."""
+        """Tell Ray's metrics of a finished round, and hand back the memory that its reports came in."""
         if self.crew.metrics is not None:
             self.crew.metrics.record(rows)
+        return_freed_memory()
 
     def save(self, folder: Path) -> None:
         """Let each actor write its own files; what one cannot write where it is comes here."""

@@ -1,8 +1,6 @@
 """Runs a command and watches it: when its rounds end, and the memory of all its processes together.
 
-Memory is the proportional set size (PSS) that Linux gives in /proc/<pid>/smaps_rollup: a page that n processes share
-counts 1/n in each, so the sum over processes is what the machine really holds. Without pages of files, which are
-mostly libraries, it does not depend on which other programs of the machine have the same ones open.
+How memory is counted, and why it does not depend on what else the machine runs, is said in `process_memory`.
 """
 
 import os
@@ -12,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+from process_memory import GONE, measure
 
 ROUND_LINE = re.compile(r"^round\s+(\d+)/\d+\b")  # as `fedsim run` and the peers' scripts write it
 
@@ -32,8 +31,9 @@ class Memory:
     """Memory of a process tree at one moment.
 
     Attributes:
-        total_bytes: PSS of all processes.
-        parts: kind of process -> PSS.
+        total_bytes: of all processes, each page once.
+        parts: kind of process -> its part of the total.
+        pss_bytes: the sum of the proportional set sizes, which is less if strangers have the same libraries open.
         own_bytes: of the total, what is not pages of files.
         own_parts: kind of process -> of its part, what is not pages of files.
         num_processes: how many there are.
@@ -41,6 +41,7 @@ class Memory:
 
     total_bytes: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)
+    pss_bytes: int = 0
     own_bytes: int = 0
     own_parts: Mapping[str, int] = field(default_factory=dict)
     num_processes: int = 0
@@ -93,16 +94,17 @@ class ProcessTree:
         self.pids &= parents.keys()
         return sorted(self.pids)
 
-    def memory(self) -> Memory:
-        """Sum the PSS of all processes."""
-        pids = self.refresh()
-        parts: dict[str, int] = {}
-        own: dict[str, int] = {}
-        for pid in pids:
-            kind, (pss, of_files) = _kind(pid), pss_bytes(pid)
-            parts[kind] = parts.get(kind, 0) + pss
-            own[kind] = own.get(kind, 0) + pss - of_files
-        return Memory(sum(parts.values()), parts, sum(own.values()), own, len(pids))
+    def memory(self, *, files: bool = True) -> Memory:
+        """Sum up the memory of all processes, with pages of files or without."""
+        held = measure(self.refresh(), files=files)
+        parts: Counter[str] = Counter()
+        own: Counter[str] = Counter()
+        for pid, part in held.items():
+            kind = _kind(pid)
+            parts[kind] += part.own_bytes + part.file_bytes
+            own[kind] += part.own_bytes
+        pss = sum(part.pss_bytes for part in held.values())
+        return Memory(parts.total(), parts, pss, own.total(), own, len(held))
 
     def cpu_seconds(self) -> float:
         """Sum the processor time of all processes, and of their children that have ended."""
@@ -196,16 +198,6 @@ def watch(
     return Watched(ends, cpu_ends, sampler.peak if memory else None)
 
 
-def pss_bytes(pid: int) -> tuple[int, int]:
-    """Return a process's proportional set size, and the pages of files in it; 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
-    except (FileNotFoundError, ProcessLookupError):
-        return 0, 0
-    found = {words[0]: int(words[1]) * 1024 for words in map(str.split, lines)}
-    return found.get("Pss:", 0), found.get("Pss_File:", 0)
-
-
 class _Fields(NamedTuple):
     """What /proc/<pid>/stat says of a process."""
 
@@ -219,7 +211,7 @@ def _processes() -> dict[int, _Fields]:
         if entry.isdigit():
             try:
                 text = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
+            except GONE:
                 continue
             fields = text.rpartition(")")[2].split()  # the name before it may hold spaces
             found[int(entry)] = _Fields(int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK"))
@@ -230,7 +222,7 @@ def _kind(pid: int) -> str:
     """Say what a process is: an actor by its class, one of Ray's own by its program, or Python."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ").split()
-    except (FileNotFoundError, ProcessLookupError):
+    except GONE:
         return "ended"
     if not words:
         return "ended"
@@ -245,5 +237,5 @@ def _kind(pid: int) -> str:
 def _count(folder: str) -> int:
     try:
         return len(os.listdir(folder))
-    except (FileNotFoundError, ProcessLookupError):
+    except GONE:
         return 0

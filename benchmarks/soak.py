@@ -14,13 +14,13 @@ import re
 import tempfile
 import time
 import urllib.request
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 
 import click
 import numpy as np
+import numpy.typing as npt
 import ray
 from job_data import make_data
 from process_tree import PYTHON, ProcessTree
@@ -31,22 +31,27 @@ from actors.runtime import ray_runtime
 from fedsim.results import RoundSummary, RunInfo
 
 NUM_BLOCKS = 20
+MISSING = 0.1  # share of the rounds in which a busy machine may not have answered in time
+Values = npt.NDArray[np.float64]  # [rounds]
 STORE_METRIC = re.compile(r"^ray_object_store_memory\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
 
 
-@dataclass
 class Samples:
-    """An observer of the run that samples after each round."""
+    """An observer of the run that samples after each round, into arrays that are there from the start.
 
-    tree: ProcessTree
-    sheet: Sheet
-    every: int
-    memory: list[float] = field(default_factory=list)
-    parts: dict[str, list[float]] = field(default_factory=dict)  # kind of process -> bytes
-    store: list[float] = field(default_factory=list)
-    files: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    started: float = 0.0
+    Args:
+        tree: the processes.
+        sheet: is told of the progress.
+        num_rounds: that the run will have.
+    """
+
+    def __init__(self, tree: ProcessTree, sheet: Sheet, num_rounds: int) -> None:
+        self.tree, self.sheet, self.num_rounds = tree, sheet, num_rounds
+        self.every = max(num_rounds // 20, 1)
+        # Filled, so that this process has their pages before the first round.
+        self.memory, self.store, self.files, self.seconds = (np.ones(num_rounds) for _ in range(4))
+        self.parts: dict[str, Values] = {}  # kind of process -> bytes
+        self.started = 0.0
 
     def run_started(self, info: RunInfo) -> None:
         """Say where it runs."""
@@ -58,17 +63,20 @@ class Samples:
 
     def round_finished(self, summary: RoundSummary) -> None:
         """Sample."""
-        self.seconds.append(time.perf_counter() - self.started)
-        memory = self.tree.memory()
-        self.memory.append(memory.own_bytes)
-        for kind in self.parts.keys() | memory.own_parts.keys():
-            rounds_before = [0.0] * (len(self.memory) - 1)
-            self.parts.setdefault(kind, rounds_before).append(memory.own_parts.get(kind, 0))
-        self.store.append(object_store_bytes())
-        self.files.append(self.tree.num_open_files())
+        index = summary.round_num - 1
+        self.seconds[index] = time.perf_counter() - self.started
+        memory = self.tree.memory(files=False)
+        self.memory[index] = memory.own_bytes
+        for kind, size in memory.own_parts.items():
+            if kind not in self.parts:
+                self.parts[kind] = np.zeros(self.num_rounds)
+            self.parts[kind][index] = size
+        self.store[index] = object_store_bytes()
+        self.files[index] = self.tree.num_open_files()
         if summary.round_num % self.every == 0:
-            now = f"{self.memory[-1] / 1e6:.1f} MB, object store {self.store[-1] / 1e6:.1f} MB, {self.files[-1]:.0f}"
-            self.sheet.progress(f"round {summary.round_num}: {now} files, {self.seconds[-1]:.2f} s")
+            now = f"{memory.own_bytes / 1e6:.1f} MB, object store {self.store[index] / 1e6:.1f} MB"
+            rest = f"{self.files[index]:.0f} files, {self.seconds[index]:.2f} s"
+            self.sheet.progress(f"round {summary.round_num}: {now}, {rest}")
 
     def message(self, text: str) -> None:
         """Show what the run has to say."""
@@ -94,10 +102,10 @@ def object_store_bytes() -> float:
     return total
 
 
-def slope(values: list[float]) -> tuple[float, float]:
+def slope(values: Values) -> tuple[float, float]:
     """Fit a line by least squares to the means of blocks of rounds; returns its slope per round and standard error."""
-    blocks = np.array_split(np.array(values), NUM_BLOCKS)
-    y = np.array([block.mean() for block in blocks])
+    blocks = np.array_split(values, NUM_BLOCKS)
+    y = np.array([np.nanmean(block) for block in blocks])
     ends = np.cumsum([len(block) for block in blocks])
     x = ends - np.array([len(block) for block in blocks]) / 2
     x = x - x.mean()
@@ -115,13 +123,13 @@ def report(samples: Samples, warm_up: int, sheet: Sheet) -> None:
         ("open files", samples.files, "", 1),
         ("seconds per round", samples.seconds, "s", 1),
     ):
-        kept = [value / scale for value in values[warm_up:]]
-        if any(np.isnan(kept)):
+        kept = values[warm_up:] / scale
+        if np.isnan(kept).mean() > MISSING:
             rows.append([name, unit, "could not be read", *["-"] * 4])
             continue
         change, error = slope(kept)
-        first, last = np.mean(kept[: len(kept) // 10 or 1]), np.mean(kept[-(len(kept) // 10 or 1) :])
-        cells = [f"{first:.2f}", f"{last:.2f}", f"{change * 100:+.4f}", f"{error * 100:.4f}", f"{max(kept):.2f}"]
+        first, last = np.nanmean(kept[: len(kept) // 10 or 1]), np.nanmean(kept[-(len(kept) // 10 or 1) :])
+        cells = [f"{first:.2f}", f"{last:.2f}", f"{change * 100:+.4f}", f"{error * 100:.4f}", f"{np.nanmax(kept):.2f}"]
         rows.append([name, unit, *cells])
         if name in ("memory of all processes", "object store", "open files"):
             text = f"{change * 100:+.4f} ± {error * 100:.4f} {unit}"
@@ -130,7 +138,7 @@ def report(samples: Samples, warm_up: int, sheet: Sheet) -> None:
     sheet.table(f"Rounds {warm_up + 1} to {len(samples.memory)}", columns, rows)
     kinds = []
     for kind, values in sorted(samples.parts.items(), key=lambda item: -item[1][-1]):
-        change, error = slope([value / 1e6 for value in values[warm_up:]])
+        change, error = slope(values[warm_up:] / 1e6)
         kinds.append([kind, f"{values[-1] / 1e6:.1f}", f"{change * 100:+.4f}", f"{error * 100:.4f}"])
     sheet.table("Memory by process", ("process", "MB at the end", "slope per 100 rounds", "standard error"), kinds)
     sheet.verdicts(verdicts)
@@ -153,7 +161,7 @@ def main(rounds: int, clients: int, triples: int, warm_up: int, output: Path | N
     with tempfile.TemporaryDirectory(prefix="fedsim-soak-") as name:
         data = make_data(Path(name) / "job", clients, triples)
         changes = {"federation.num_rounds": rounds, "output": str(Path(name) / "run")}
-        samples = Samples(ProcessTree(os.getpid()), sheet, max(rounds // 20, 1))
+        samples = Samples(ProcessTree(os.getpid()), sheet, rounds)
         try:
             fedsim.run(fedsim.load_config(overrides={**data.settings(), **changes}), ray_runtime, samples)
         except fedsim.FedSimError as err:

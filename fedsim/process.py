@@ -10,7 +10,7 @@ import threadpoolctl
 import torch
 
 # Parameters of glibc's mallopt, as in malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _KEPT_BYTES = 1 << 27
 _GROWTH_BYTES = 1 << 24
 
@@ -45,6 +45,16 @@ def keep_freed_memory() -> bool:
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEPT_BYTES), (_M_TOP_PAD, _GROWTH_BYTES))
     taken = [mallopt(parameter, value) == 1 for parameter, value in settings]
     return all(taken)
+
+
+def share_one_heap() -> None:
+    """Let the threads that begin from now on share one heap, in a process that starts many and computes little.
+
+    Ray starts some 20 threads in a driver, and glibc gives each of the first 8 per CPU a heap with its own free memory.
+    """
+    mallopt = _of_c_library("mallopt")
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def return_freed_memory() -> None:

@@ -11,7 +11,6 @@ import torch
 
 from fedsim.checkpoint import load_clients, load_tensors, save_clients, save_tensors, server_file
 from fedsim.config import Config
-from fedsim.data.alignment import align_names
 from fedsim.data.clients import ClientData, build_clients, load_federated_split
 from fedsim.data.dataset import load_dataset, resolve_dataset
 from fedsim.errors import ConfigError, FedSimError, LostActorError, RunError
@@ -158,6 +157,8 @@ def prepare(config: Config) -> Experiment:
         )
     clients = build_clients(graph, split, config, together=strategy.together)
     if config.data.alignment == "psu" and strategy.federated:
+        from fedsim.data.alignment import align_names  # here: it brings the library of cryptography
+
         names = graph.entity_keys if strategy.shares == "entity" else graph.relation_keys
         align_names(names, {data.client: strategy.shared_ids(data) for data in clients})
     config = choose_attackers(config, len(clients))

@@ -55,6 +55,15 @@ def test_the_command_line_imports_ray_only_inside_its_commands(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
 
 
+def test_a_run_imports_what_it_may_not_need_only_when_it_does(tmp_path: Path) -> None:
+    """Each of these is memory and time of every process: cryptography alone is 5 MB in driver, server and actors."""
+    heavy = "Crypto,cryptography,dp_accounting,fsspec,jinja2,pandas,pyarrow,scipy,sklearn,tensorboardX,vl_convert"
+    modules = ["fedsim.simulation", "actors.runtime", "actors.client", "actors.server"]
+    command = [sys.executable, "-c", PROBE, heavy, *modules]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("package", ["fedsim", "actors", "tune"])
 def test_files_and_functions_stay_short(package: str) -> None:
     too_long = []

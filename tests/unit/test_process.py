@@ -64,3 +64,32 @@ kept = [[] for _ in range(100_000)]
 print(gc.get_stats()[2]["collections"] - before)
 """
     assert output_of(program, "aside") > output_of(program, "not")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has the setting")
+def test_threads_share_a_heap() -> None:
+    """Counts the heaps that glibc tells of when three threads have memory of their own."""
+    program = """
+import ctypes, sys, tempfile, threading
+from fedsim.process import share_one_heap
+if sys.argv[1] == "share":
+    share_one_heap()
+library = ctypes.CDLL(None)
+library.fopen.restype = ctypes.c_void_p
+there, seen = threading.Barrier(4), threading.Event()
+def hold():
+    library.malloc(100)
+    there.wait()
+    seen.wait()
+threads = [threading.Thread(target=hold) for _ in range(3)]
+for thread in threads:
+    thread.start()
+there.wait()
+with tempfile.NamedTemporaryFile() as file:
+    stream = ctypes.c_void_p(library.fopen(file.name.encode(), b"w"))
+    library.malloc_info(0, stream)
+    library.fclose(stream)
+    print(file.read().count(b"<heap "))
+seen.set()
+"""
+    assert output_of(program, "share") < output_of(program, "not")

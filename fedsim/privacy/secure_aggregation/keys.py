@@ -3,20 +3,20 @@
 X25519 (RFC 7748) agrees on secrets, HKDF with SHA-256 (RFC 5869) makes keys of them, ChaCha20-Poly1305 (RFC 8439)
 encrypts shares, and ChaCha20 expands a key into a mask. Seeds come from the operating system and not from the run's
 seed: a mask that can be computed from a config hides nothing, and no result depends on it, because masks cancel.
+
+The library is imported where it is used: every process of every run imports this module, and most runs mask nothing.
 """
 
 import secrets
+from typing import TYPE_CHECKING
 
 import torch
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
 from fedsim.errors import RunError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 SEED_BYTES = 16  # what the library of secret sharing takes; X25519 too has 128 bits of security
 KEY_BYTES = 32
@@ -34,25 +34,32 @@ def new_seed() -> bytes:
 
 def derive(secret: bytes, purpose: str) -> bytes:
     """Derive the key for a purpose from a secret."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
     return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"fedsim secure aggregation/{purpose}".encode()).derive(secret)
 
 
-def private_key(seed: bytes) -> X25519PrivateKey:
+def private_key(seed: bytes) -> "X25519PrivateKey":
     """Make the private key of a seed."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
     return X25519PrivateKey.from_private_bytes(derive(seed, "private key"))
 
 
-def public_key(private: X25519PrivateKey) -> bytes:
+def public_key(private: "X25519PrivateKey") -> bytes:
     """Return the public key as bytes."""
     return private.public_key().public_bytes_raw()
 
 
-def agree(own: X25519PrivateKey, other: bytes, purpose: str) -> bytes:
+def agree(own: "X25519PrivateKey", other: bytes, purpose: str) -> bytes:
     """Agree with the owner of a public key on the key for a purpose.
 
     Raises:
         RunError: if the public key is one that agrees on the same with everybody.
     """
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+
     try:
         return derive(own.exchange(X25519PublicKey.from_public_bytes(other)), purpose)
     except ValueError as err:
@@ -61,6 +68,8 @@ def agree(own: X25519PrivateKey, other: bytes, purpose: str) -> bytes:
 
 def seal(key: bytes, text: bytes, context: str) -> bytes:
     """Encrypt the one message of a key, bound to its context."""
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
     return ChaCha20Poly1305(key).encrypt(_NONCE, text, context.encode())
 
 
@@ -70,6 +79,9 @@ def unseal(key: bytes, ciphertext: bytes, context: str) -> bytes:
     Raises:
         RunError: if it was changed on its way, or is of another sender, receiver or round.
     """
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
     try:
         return ChaCha20Poly1305(key).decrypt(_NONCE, ciphertext, context.encode())
     except InvalidTag as err:
@@ -84,6 +96,8 @@ class MaskStream:
     """
 
     def __init__(self, key: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
         self._cipher = Cipher(algorithms.ChaCha20(key, _START), mode=None).encryptor()
 
     def draw(self, count: int) -> Tensor:
