@@ -47,8 +47,8 @@ FEDE: dict[str, Any] = {
     "runtime.kind": "in_process",
 }
 SCORERS: dict[str, dict[str, Any]] = {
-    "transe": {"model.dim": HIDDEN, "training.margin": GAMMA},
-    "rotate": {"model.dim": 2 * HIDDEN, "training.margin": GAMMA},
+    "transe": {"model.dim": HIDDEN, "training.margin": GAMMA, "training.compile": True},
+    "rotate": {"model.dim": 2 * HIDDEN, "training.margin": GAMMA, "training.compile": True},
     "complex": {"model.dim": 2 * HIDDEN, "training.margin": 0.0},
 }
 
