@@ -50,12 +50,9 @@ def measure(pids: Sequence[int], *, files: bool = True) -> dict[int, Held]:
         files: whether to count pages of files, which takes some 20 ms per process.
     """
     pages = {pid: file_pages(pid) for pid in pids} if files else {}
-    shares = divide(pages)
-    held = {}
-    for pid in pids:
-        pss, of_files = _rollup(pid)
-        held[pid] = Held(pss - of_files, round(shares.get(pid, 0.0)), pss)
-    return held
+    sizes = {pid: _rollup(pid) for pid in pids}  # after the pages: one that has ended by now has its share of none
+    shares = divide({pid: found for pid, found in pages.items() if sizes[pid] != (0, 0)})
+    return {pid: Held(pss - of_files, round(shares.get(pid, 0.0)), pss) for pid, (pss, of_files) in sizes.items()}
 
 
 def divide(pages: dict[int, Pages]) -> dict[int, float]:

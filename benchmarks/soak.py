@@ -145,7 +145,7 @@ def report(samples: Samples, warm_up: int, sheet: Sheet) -> None:
 
 
 @click.command()
-@click.option("--rounds", default=900, show_default=True)
+@click.option("--rounds", default=1500, show_default=True)
 @click.option("--clients", default=100, show_default=True)
 @click.option("--triples", default=60, show_default=True, help="per client")
 @click.option("--warm-up", default=500, show_default=True, help="rounds before the slope begins")
