@@ -1,6 +1,7 @@
 """The same bits in one process and on Ray, whatever the number of actors, and in any order of arrival."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ PLACEMENTS = [
         {"placement": "dedicated"},
         3,
         id="relations federated, FedE's protocol, 3 clients, dedicated",
+    ),
+    pytest.param(
+        {"model__scorer": "transe", "training__loss": "self_adversarial", "training__compile": True},
+        {"placement": "pooled", "num_actors": 2},
+        2,
+        id="distances compiled, 3 clients in 2 actors",
+        marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (Debian: apt-get install gcc)"),
     ),
     pytest.param(
         {
