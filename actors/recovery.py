@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class Recovery:
         """
         logger.debug("rolling back", exc_info=error)
         started, self.journal = time.monotonic(), None
-        rollbacks, starting = self.rollbacks, self.crew.starting_seconds
+        rollbacks, starting, new = self.rollbacks, self.crew.starting_seconds, _New()
         with self.off(), self.crew.timeline.span("all actors", f"going back to round {round_num}"):
             while True:
                 rollbacks += 1
@@ -138,7 +139,7 @@ class Recovery:
                         f"reaching the next one (faults.max_restarts)"
                     ) from error
                 try:
-                    replaced = self._restore_all(checkpoint)
+                    self._restore_all(checkpoint, new)
                     break
                 except LostActorError as again:
                     error = again
@@ -150,7 +151,7 @@ class Recovery:
         logger.warning(
             "%s; replaced %s and went back to %s in %.1f s, of which %.1f s for processes to start",
             _short(error),
-            ", ".join(replaced) or "nothing",
+            ", ".join(dict.fromkeys(new.replaced)) or "nothing",
             f"round {round_num}" if checkpoint is not None else "the start",
             time.monotonic() - started,
             self.crew.starting_seconds - starting,
@@ -220,16 +221,16 @@ class Recovery:
         call = Call(name_clients(held.clients), held.name, held.node, what, lambda: ref)
         result_of(call, self.crew.timeout, self.crew.timeline)
 
-    def _restore_all(self, checkpoint: Path | None) -> list[str]:
-        """Replace who is gone and bring everybody to a checkpoint; returns the names of who was replaced."""
+    def _restore_all(self, checkpoint: Path | None, new: "_New") -> None:
+        """Replace who is gone and bring everybody to a checkpoint; `new` also has what earlier attempts left undone."""
         crew = self.crew
         lost = [held for held in crew.pool if not self._is_alive(held)]
-        replaced = [held.name for held in lost]
-        changed = set(replaced)
-        server_is_new = crew.server is not None and (checkpoint is None or not self._server_is_alive())
-        if server_is_new:
-            changed |= self._restart_server()
-            replaced.append(crew.server_name)
+        new.replaced += [held.name for held in lost]
+        new.without_data |= {held.name for held in lost}
+        if crew.server is not None and (checkpoint is None or not self._server_is_alive()):
+            new.server = True
+            new.replaced.append(crew.server_name)
+            self._restart_server(new)
         for held in lost:
             if held not in crew.pool:
                 continue  # made room for the server
@@ -237,33 +238,31 @@ class Recovery:
                 crew.restart(held)
             except NoRoomError as err:
                 logger.warning("%s", err)
-                changed |= crew.dissolve(held)
+                new.without_data |= crew.dissolve(held)
         data = self._prepare()
-        crew.give(data, [held for held in crew.pool if checkpoint is None or held.name in changed])
+        crew.give(data, [held for held in crew.pool if checkpoint is None or held.name in new.without_data])
         del data
         return_freed_memory()
-        if server_is_new:
+        if new.server:
             crew.introduce()
         if checkpoint is None:
             self.begin(None, 0)
             self.deliver()
         else:
             self.load(checkpoint, None)
-        return replaced
 
-    def _restart_server(self) -> set[str]:
-        """Replace the server, if need be in the place of client actors; returns who got clients by that."""
-        changed: set[str] = set()
+    def _restart_server(self, new: "_New") -> None:
+        """Replace the server, if need be in the place of client actors, whose clients others take."""
         while True:
             try:
                 self.crew.restart_server()
-                return changed
+                return
             except NoRoomError as err:
                 if len(self.crew.pool) == 1:
                     raise RunError(
                         f"{err}; add nodes, or continue where there is room with `fedsim resume RUN`"
                     ) from err
-                changed |= self.crew.dissolve(self.crew.pool[-1])
+                new.without_data |= self.crew.dissolve(self.crew.pool[-1])
 
     def _is_alive(self, held: Held) -> bool:
         """Ask a client actor for a sign of life, which it gives after the work that it still has."""
@@ -284,6 +283,21 @@ class Recovery:
     def _prepare(self) -> dict[int, ClientData]:
         """Read and divide the data once more, which gives the same."""
         return self.crew.client_data(prepare(self.crew.config))
+
+
+@dataclass
+class _New:
+    """What is new since all actors began to go back, over all attempts: one that fails may leave the rest undone.
+
+    Attributes:
+        replaced: names of actors that were replaced.
+        without_data: client actors that were replaced or took over clients, and must be given data.
+        server: whether the server was replaced, and so knows no client.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    without_data: set[str] = field(default_factory=set)
+    server: bool = False
 
 
 def _clients(calls: Sequence[Call[Any]]) -> str:

@@ -96,6 +96,19 @@ def _killing(kills: Sequence[Kill]) -> Callable[[Any], RayRuntime]:
             ],
             id="pooled",
         ),
+        pytest.param(
+            {"placement": "pooled", "num_actors": 2},
+            [
+                ("distilling in round 2", "server"),
+                ("its last work", "pool-1"),
+                ("taking its data", "pool-0"),  # when the new server does not know the clients yet
+            ],
+            [
+                r"clients? [012, ]+ \(actor .*/pool-0 on node .*\) died, .*; replaced .*/pool-1, .*/server, .*/pool-0 "
+                r"and went back to round 1 in",
+            ],
+            id="while going back",
+        ),
     ],
 )
 def test_actors_that_are_killed_change_no_bit(
