@@ -3,7 +3,8 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import ray
 from ray import ObjectRef
@@ -17,6 +18,14 @@ from fedsim.errors import RunError
 _NOTICE_SECONDS = 600.0  # without an outcome, until the log says for whom it waits
 
 logger = logging.getLogger(__name__)
+
+
+class _Run(NamedTuple):
+    """A task that is under way; by the monotonic clock."""
+
+    cell: Cell
+    started: float
+    deadline: float
 
 
 @ray.remote(max_retries=0)
@@ -50,8 +59,7 @@ def run_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         connect(address, dashboard=cells[0].config.runtime.dashboard)
-    running: dict[ObjectRef[Outcome], Cell] = {}
-    started: dict[ObjectRef[Outcome], float] = {}  # by the monotonic clock
+    running: dict[ObjectRef[Outcome], _Run] = {}
     try:
         num_slots = _num_slots(cells, gpus_per_run)
         waiting = deque(cells)
@@ -60,14 +68,14 @@ def run_on_ray(
                 cell = waiting.popleft()
                 num_cpus = cell.config.runtime.torch_threads
                 task = _run_cell.options(num_cpus=num_cpus, num_gpus=gpus_per_run, name=f"fedsim/{cell.name}")
-                ref = task.remote(cell, keep_models)
-                running[ref], started[ref] = cell, time.monotonic()
-            for ref in _ended(running, started, hours_per_run * 3600):
-                yield _outcome(ref, running.pop(ref))
-            for ref in _overdue(running, started, hours_per_run * 3600):
+                now = time.monotonic()
+                running[task.remote(cell, keep_models)] = _Run(cell, now, now + hours_per_run * 3600)
+            for ref in _await(running):
+                yield _outcome(ref, running.pop(ref).cell)
+            for ref in [ref for ref, run in running.items() if run.deadline <= time.monotonic()]:
                 ray.cancel(ref, force=True)
                 message = f"not done after {hours_per_run:g} hours; raise --hours-per-run to let it go on"
-                yield Outcome(running.pop(ref).folder, error=message)
+                yield Outcome(running.pop(ref).cell.folder, error=message)
     finally:
         for ref in running:
             ray.cancel(ref, force=True)
@@ -89,25 +97,17 @@ def _num_slots(cells: Sequence[Cell], gpus_per_run: float) -> int:
     return sum(room) + len(nodes)
 
 
-def _ended(
-    running: dict["ObjectRef[Outcome]", Cell], started: dict["ObjectRef[Outcome]", float], limit_seconds: float
-) -> "list[ObjectRef[Outcome]]":
+def _await(running: Mapping["ObjectRef[Outcome]", _Run]) -> "list[ObjectRef[Outcome]]":
     """Wait until a run has ended, or the first one's time is over; says now and then for whom it waits."""
-    deadline = min(started[ref] for ref in running) + limit_seconds
+    deadline = min(run.deadline for run in running.values())
     while True:
-        seconds = max(min(deadline - time.monotonic(), _NOTICE_SECONDS), 0.0)
+        seconds = min(max(deadline - time.monotonic(), 0.0), _NOTICE_SECONDS)
         ready, _ = ray.wait(list(running), num_returns=1, timeout=seconds)
-        if ready or time.monotonic() >= deadline:
+        now = time.monotonic()
+        if ready or now >= deadline:
             return ready
-        names = (f"{cell.name} for {(time.monotonic() - started[ref]) / 60:.0f} min" for ref, cell in running.items())
+        names = (f"{run.cell.name} for {(now - run.started) / 60:.0f} min" for run in running.values())
         logger.info("waiting for runs: %s", ", ".join(names))
-
-
-def _overdue(
-    running: dict["ObjectRef[Outcome]", Cell], started: dict["ObjectRef[Outcome]", float], limit_seconds: float
-) -> "list[ObjectRef[Outcome]]":
-    """List the runs whose time is over."""
-    return [ref for ref in running if time.monotonic() - started[ref] >= limit_seconds]
 
 
 def _outcome(ref: "ObjectRef[Outcome]", cell: Cell) -> Outcome:
