@@ -52,12 +52,13 @@ def connect(address: str | None, *, dashboard: bool = True) -> None:
             ray.init("local", include_dashboard=included, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as err:  # a node that is not up in time is a bare Exception of Ray's
+    except Exception as err:
         ray.shutdown()
-        if address in (None, "local"):
-            mend = "it is given up after a while on a machine that is too busy: try again when less is running"
-            raise RunError(f"Ray does not start on this machine: {_line(str(err))}; {mend}") from err
-        raise RunError(f"the Ray cluster at {address} cannot be joined: {_line(str(err))}; {MEND}") from err
+        if address not in (None, "local"):
+            raise RunError(f"the Ray cluster at {address} cannot be joined: {_line(str(err))}; {MEND}") from err
+        # Ray says by a bare Exception that its node was not up in time, half a minute.
+        mend = "; the machine may be too busy: try again when less is running on it" if type(err) is Exception else ""
+        raise RunError(f"Ray does not start on this machine: {_line(str(err))}{mend}") from err
 
 
 def _probe(address: str) -> None:

@@ -83,14 +83,17 @@ def test_the_dashboard_can_be_left_out(wanted: bool, included: bool | None, monk
 
 
 def test_a_machine_where_ray_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray says so by a bare Exception."""
+    """Ray says so by a bare Exception; what it has started by then is ended."""
+    ended = []
 
     def init(address: str, **options: Any) -> None:
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(actors.cluster.ray, "init", init)
+    monkeypatch.setattr(actors.cluster.ray, "shutdown", lambda: ended.append("the node"))
     with pytest.raises(RunError, match="Ray does not start on this machine: The current node timed out .* try again"):
         actors.cluster.connect(None)
+    assert ended == ["the node"]
 
 
 def test_a_scratch_folder_that_is_not_there(ray_cluster: object, tmp_path: Path) -> None:
