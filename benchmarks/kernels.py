@@ -277,11 +277,11 @@ def main(
     sheet = Sheet("Kernels: training and ranking of one client", output)
     try:
         whole = build_data(data)
+        started = time.perf_counter()
+        load_library()
+        compiled = time.perf_counter() - started
     except fedsim.FedSimError as err:
         raise click.ClickException(str(err)) from err
-    started = time.perf_counter()
-    load_library()
-    compiled = time.perf_counter() - started
     sheet.say(
         f"{data}: {len(whole.entity_ids):,} entities, {len(whole.relation_ids)} relations; {dim} numbers per entity, "
         f"batch {BATCH_SIZE}, {NUM_NEGATIVES} negatives. {repeats} repetitions of {batches} batches, interleaved. "
