@@ -16,35 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from kept_runs import FEDE_MODEL, GAMMA, HIDDEN, RANGE, run_or_go_on
 from tables import Sheet
 
-import fedsim
-
-HIDDEN, GAMMA = 128, 10.0
-RANGE = (GAMMA + 2) / HIDDEN
-FEDE: dict[str, Any] = {
-    "data.path": "FB15k-237",
-    "data.split": "given",
-    "data.modalities": [],
+FEDE: dict[str, Any] = FEDE_MODEL | {
     "federation.strategy": "fede",
-    "model.fusion": "none",
-    "model.dropout": 0.0,
-    "model.init_scale": RANGE / math.sqrt(3),
     "model.phase_scale": math.pi / RANGE,
-    "training.loss": "self_adversarial",
-    "training.batch_size": 512,
-    "training.num_negatives": 256,
     "training.negatives": "filtered",
-    "training.local_epochs": 3,
-    "training.learning_rate": 0.001,
     "training.reset_optimizer": "always",
-    "training.reciprocal": False,
     "training.corruption": "tail",
     "evaluation.protocol": "fede",
-    "evaluation.every": 5,
-    "checkpoint.every": 5,
-    "checkpoint.keep": 1,
-    "runtime.kind": "in_process",
 }
 SCORERS: dict[str, dict[str, Any]] = {
     "transe": {"model.dim": HIDDEN, "training.margin": GAMMA, "training.compile": True},
@@ -56,11 +37,7 @@ SCORERS: dict[str, dict[str, Any]] = {
 def run_scorer(scorer: str, split: str, rounds: int, folder: Path) -> dict[int, float]:
     """Run (or go on with) one scorer; returns round -> validation MRR."""
     settings = FEDE | SCORERS[scorer] | {"model.scorer": scorer, "data.split_file": split}
-    config = fedsim.load_config(overrides=settings | {"federation.num_rounds": rounds, "output": str(folder)})
-    if not folder.exists():
-        fedsim.run(config)
-    elif not (folder / "result.json").is_file():
-        fedsim.resume(folder)
+    run_or_go_on(settings | {"federation.num_rounds": rounds}, folder)
     ranked: dict[int, list[dict[str, float]]] = {}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if line.get("valid") and line["client"] is not None:

@@ -9,37 +9,19 @@ the last table says whether it does here. A run that is finished in the output f
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import click
+from kept_runs import FEDE_MODEL, GAMMA, HIDDEN, run_or_go_on
 from tables import Sheet
 
-import fedsim
-
-SETTINGS: dict[str, Any] = {
-    "data.path": "FB15k-237",
-    "data.split": "given",
-    "data.modalities": [],
+SETTINGS: dict[str, Any] = FEDE_MODEL | {
     "model.scorer": "transe",
-    "model.fusion": "none",
-    "model.dim": 128,
-    "model.dropout": 0.0,
-    "model.init_scale": 12 / 128 / math.sqrt(3),
-    "training.loss": "self_adversarial",
+    "model.dim": HIDDEN,
     "training.negatives": "shared",
-    "training.num_negatives": 256,
-    "training.margin": 10.0,
-    "training.batch_size": 512,
-    "training.local_epochs": 3,
-    "training.learning_rate": 0.001,
-    "training.reciprocal": False,
+    "training.margin": GAMMA,
     "training.compile": True,
-    "evaluation.every": 5,
-    "checkpoint.every": 5,
-    "checkpoint.keep": 1,
-    "runtime.kind": "in_process",
 }
 STRATEGIES = ("local", "fede", "fedlu")
 SPLITS = {"R3": "fedlu_R3FL", "C3": "fedlu_C3FL"}
@@ -47,13 +29,8 @@ SPLITS = {"R3": "fedlu_R3FL", "C3": "fedlu_C3FL"}
 
 def run_one(strategy: str, split: str, seed: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Run (or go on with) one strategy; returns its result."""
-    if (folder / "result.json").is_file():
-        return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
-    if folder.exists():
-        fedsim.resume(folder)
-    else:
-        own = {"federation.strategy": strategy, "data.split_file": split, "seed": seed, "output": str(folder)}
-        fedsim.run(fedsim.load_config(overrides=SETTINGS | own | {"federation.num_rounds": rounds}))
+    own = {"federation.strategy": strategy, "data.split_file": split, "seed": seed}
+    run_or_go_on(SETTINGS | own | {"federation.num_rounds": rounds}, folder)
     return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
 
 

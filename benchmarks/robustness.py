@@ -70,15 +70,9 @@ def attackers(num_clients: int, share: float, seed: int) -> list[int]:
 
 def run_cell(folder: Path, overrides: dict[str, Any]) -> dict[int, tuple[float, int]]:
     """Run one config, unless its rows stand already; returns client -> (MRR, queries) after the last round."""
-    import fedsim
+    from kept_runs import run_or_go_on
 
-    config = fedsim.load_config(overrides=overrides | {"output": str(folder)})
-    if folder.exists() and fedsim.load_config(folder / "config.yaml") != config:
-        raise click.ClickException(f"{folder} was run with another config; give a new --output")
-    if not folder.exists():
-        fedsim.run(config)
-    elif not (folder / "result.json").is_file():
-        fedsim.resume(folder)
+    config = run_or_go_on(overrides, folder)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     last = [row for row in rows if row["round"] == config.federation.num_rounds and row["client"] is not None]
