@@ -21,7 +21,7 @@ from fedsim.models.client_model import ClientModel, EntityInput, ModalityInput, 
 from fedsim.models.client_stack import ClientStack, ClientValues, Member, TrainingInput
 from fedsim.models.imputers import Imputation
 from fedsim.models.optimizers import reset_state
-from fedsim.models.parameters import Params, select_view, with_prefix
+from fedsim.models.parameters import Params, overwrite, select_view, with_prefix
 from fedsim.models.training import train_epochs
 from fedsim.privacy.differential_privacy import privatise
 from fedsim.randomness import torch_generator
@@ -238,10 +238,9 @@ class Client:
         self._set_view(view, params | self.model.init_modules(generator))
 
     def _set_view(self, view: str, params: Mapping[str, Tensor]) -> None:
-        own = {name: value.detach().clone().to(self.device) for name, value in params.items()}
-        self.values.params |= with_prefix(own, view)
-        averages = {name: value.clone() for name, value in own.items() if name.startswith("imputer.")}
-        self.values.ema |= with_prefix(averages, view)
+        overwrite(self.values.params, with_prefix(params, view), self.device)
+        averages = {name: value for name, value in params.items() if name.startswith("imputer.")}
+        overwrite(self.values.ema, with_prefix(averages, view), self.device)
 
     def _receive(self, broadcast: Broadcast) -> None:
         """Start the global copy anew from the server's model; a private model starts there once."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsim.models.client_model import ClientModel, EntityInput
 from fedsim.models.imputers import Draws, Imputation
-from fedsim.models.parameters import Params, select_view
+from fedsim.models.parameters import Params, overwrite, select_view
 from fedsim.models.stacking import (
     StackShape,
     first_of,
@@ -138,9 +138,9 @@ class ClientStack:
             return
         self._spread_counts()
         for index, member in enumerate(self.members):
-            member.values.params |= self.shape.unstack(self.values.params, index)
-            member.values.optimizer |= self.shape.unstack(self.values.optimizer, index)
-            member.values.ema |= self.shape.unstack(self.values.ema, index)
+            overwrite(member.values.params, self.shape.unstack(self.values.params, index))
+            overwrite(member.values.optimizer, self.shape.unstack(self.values.optimizer, index))
+            overwrite(member.values.ema, self.shape.unstack(self.values.ema, index))
 
     def _spread_counts(self) -> None:
         """Give each client its own count of steps; an optimiser starts with one for all."""

@@ -39,6 +39,25 @@ def with_prefix(params: Mapping[str, Tensor], prefix: str) -> Params:
     return {f"{prefix}/{name}": value for name, value in params.items()}
 
 
+def overwrite(own: Params, values: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+    """Set copies of values, in the tensors that are there already where they fit.
+
+    What lives from round to round so stays where it is in memory. New tensors every round would come to lie among those
+    of the training, and leave holes between them that no tensor fits.
+
+    Args:
+        own: is changed.
+        values: their new values, of any device.
+        device: of tensors that are not there yet; None is that of the value.
+    """
+    for name, value in values.items():
+        kept = own.get(name)
+        if kept is not None and kept.shape == value.shape and kept.dtype == value.dtype:
+            kept.copy_(value)
+        else:
+            own[name] = value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
+
 def take_rows(table: Tensor, ids: Tensor) -> Tensor:
     """Take the same rows of each part of a table.
 

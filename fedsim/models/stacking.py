@@ -92,7 +92,7 @@ class StackShape:
         return stacked
 
     def unstack(self, stacked: Mapping[str, Tensor], index: int) -> Params:
-        """Take out the tensors of the client at a place of the stack, in its own sizes."""
+        """Show the tensors of the client at a place of the stack, in its own sizes; they may be views of the stack."""
         own: Params = {}
         for name, values in stacked.items():
             value = values[index]
@@ -100,7 +100,7 @@ class StackShape:
                 value = value[: self.num_entities[index]]
             elif value.dim() > 0 and name.endswith("relation"):
                 value = value.unflatten(1, (self._halves, -1))[:, :, : self.num_relations[index]].flatten(1, 2)
-            own[name] = value.clone(memory_format=torch.contiguous_format)
+            own[name] = value
         return own
 
     @property
