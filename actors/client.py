@@ -233,21 +233,24 @@ class _ClientActor:
         """Take over the states of a batch of clients that this process cannot read where it is."""
         self._restore({client: _copies(state) for client, state in states.items()})
 
-    @ray.method(num_returns=2)
-    def release(self, clients: Sequence[int]) -> tuple[list[tuple[ClientData, Params]], int]:
-        """Let go of a batch of clients: data and state, for the actor that adopts them alone, and their number."""
+    @ray.method(num_returns=3)
+    def release(self, clients: Sequence[int]) -> tuple[list[ClientData], list[Params], int]:
+        """Let go of a batch of clients: data and states, for the actor that adopts them alone, and their number.
+
+        They come apart: the data is read in place for as long as the clients live there, the states are copied and go.
+        """
         held = [self.clients.pop(client) for client in clients]
         with self.shelf.at_work(held, changes=False):
-            moved = [(without_matrices(client.data, self.matrices), client.state()) for client in held]
+            states = [client.state() for client in held]
         for client in clients:
             self.shelf.forget(client)
-        return moved, len(moved)
+        return [without_matrices(client.data, self.matrices) for client in held], states, len(held)
 
     @ray.method
-    def adopt(self, moved: list[tuple[ClientData, Params]]) -> None:
+    def adopt(self, data: Sequence[ClientData], states: Sequence[Params]) -> None:
         """Take over clients from another actor."""
-        for data, state in moved:
-            client = self._add(data)
+        for item, state in zip(data, states, strict=True):
+            client = self._add(item)
             with self.shelf.at_work([client]):
                 client.load_state(_copies(state))
 

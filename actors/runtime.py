@@ -6,7 +6,9 @@ reports, metrics and what the evaluation instruments sampled.
 
 import logging
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,13 +30,11 @@ from actors.state_files import keep_clients, keep_server, marked
 from actors.summing import train_and_sum, train_masked
 from fedsim.checkpoint import load_clients, load_tensors, server_file
 from fedsim.config import Config
-from fedsim.data.clients import ClientData
 from fedsim.errors import LostActorError
 from fedsim.evaluation.consistency import merge_sums, semantic_consistency
 from fedsim.federated.messages import Broadcast, ClientUpdate
 from fedsim.federated.reports import ClientEvaluation, ClientReport
 from fedsim.federated.runtime import Experiment, Measurements, RoundResult, Runtime, phase_seconds, sampled
-from fedsim.models.parameters import Params
 from fedsim.process import pin_threads, return_freed_memory, share_one_heap
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class RayRuntime:
         self.recovery = Recovery(self.crew, self._load, lambda: self.deliver(0))
         self.timeline = self.crew.timeline
         self.placement: list[str] = []
-        self.measured: dict[int, float] = {}  # client -> seconds of its last training
+        self.measured: dict[int, deque[float]] = {}  # client -> seconds of its last trainings
         self.rounds_since_balance = 0
 
     @property
@@ -115,7 +115,8 @@ class RayRuntime:
         else:
             reports = self._train_and_send(round_num, cohort, broadcast, deadline)
         reports.sort(key=lambda report: report.client)
-        self.measured |= {report.client: report.seconds for report in reports}
+        for report in reports:
+            self.measured.setdefault(report.client, deque(maxlen=BALANCE_ROUNDS)).append(report.seconds)
         self.rounds_since_balance += 1
         elapsed = time.perf_counter() - started
         failures = tuple(sorted(recovery.failures, key=lambda failure: failure.client))
@@ -245,13 +246,12 @@ class RayRuntime:
         return reports
 
     def _balance(self) -> None:
-        """Move batches from actors that took long to others, by the seconds of the last rounds."""
+        """Move batches from actors that take long to others; one slow round moves nothing."""
         if self.rounds_since_balance < BALANCE_ROUNDS or len(self.measured) < len(self.crew.clients):
             return  # with few measurements, noise would move them
         self.rounds_since_balance = 0
-        seconds = {
-            batch: sum(self.measured[client] for client in batch) for held in self.pool for batch in held.batches
-        }
+        usual = {client: statistics.median(seconds) for client, seconds in self.measured.items()}
+        seconds = {batch: sum(usual[client] for client in batch) for held in self.pool for batch in held.batches}
         for move in rebalance([held.batches for held in self.pool], seconds):
             self._move(move.batch, self.pool[move.source], self.pool[move.target])
             logger.info(
@@ -265,18 +265,18 @@ class RayRuntime:
     def _move(self, batch: Batch, source: Held, target: Held) -> None:
         """Let another actor hold a batch; its data and state go there from actor to actor."""
         what = f"moving to actor {target.name}"
-        moved: list[ObjectRef[list[tuple[ClientData, Params]]]] = []
+        moved: list[ObjectRef[Any]] = []  # data and states
 
         def release(held: Held) -> "ObjectRef[int]":
-            pair: Any = held.actor.release.remote(batch)
-            clients, number = pair
-            moved.append(clients)
+            refs: Any = held.actor.release.remote(batch)
+            data, states, number = refs
+            moved[:] = data, states
             return cast("ObjectRef[int]", number)
 
         try:
             with self.recovery.off():
                 list(self.crew.each_actor(what, release, [source]))
-                list(self.crew.each_actor(what, lambda held: held.actor.adopt.remote(moved[0]), [target]))
+                list(self.crew.each_actor(what, lambda held: held.actor.adopt.remote(*moved), [target]))
         except LostActorError:
             for held in (source, target):  # nobody knows who of them holds the batch now
                 end(held.actor)

@@ -87,7 +87,7 @@ CLIENT_ACTOR_RETURNS = {
     "take_shares": "None",
     "reveal_shares": "list[RevealedShares]",
     # A client that moves, as a whole: to `adopt` of another client actor alone, nothing else takes it.
-    "release": "tuple[list[tuple[ClientData, dict[str, Tensor]]], int]",
+    "release": "tuple[list[ClientData], list[dict[str, Tensor]], int]",
     "adopt": "None",
     "evaluate": "list[list[ClientEvaluation]]",
     "measure": "list[dict[str, float]]",
