@@ -12,8 +12,12 @@ Measure in the environment that `make run` installs. Tools beside it can cost ev
 `rfc3987-syntax`, 17 MB each, where it is installed (`.[audit]` brings it, and so does JupyterLab).
 """
 
+import secrets
+import shlex
+import socket
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,7 @@ class MemoryJob:
         limit_bytes: for all processes together.
         num_clients: with 300 triples each, that do not train; None for the data that the settings name.
         shelved: whether clients that are not at work keep their state in a file.
+        node: options of `ray start` for a node that is started beforehand; None lets the run start its own.
     """
 
     title: str
@@ -53,6 +58,7 @@ class MemoryJob:
     limit_bytes: float
     num_clients: int | None = None
     shelved: bool = False
+    node: Sequence[str] | None = None
 
 
 JOBS = {
@@ -74,11 +80,12 @@ JOBS = {
         "the same, state on a shelf, no dashboard", {"runtime.dashboard": False}, 1.2e9, 1000, shelved=True
     ),
     "no-op-leanest": MemoryJob(
-        "the same, in one client actor",
+        "the same, in one client actor, on a node without Ray's log monitor and autoscaler",
         {"runtime.dashboard": False, "runtime.num_actors": 1},
         1.2e9,
         1000,
         shelved=True,
+        node=("--include-dashboard=false", "--include-log-monitor=false", "--no-monitor"),
     ),
 }
 
@@ -96,13 +103,37 @@ def run_job(job: MemoryJob, num_rounds: int, sheet: Sheet) -> tuple[list[str], l
         file = Path(name) / "config.yaml"
         file.write_text(dump_config(config), encoding="utf-8")
         sheet.progress(f"{job.title} ...")
-        seen = watch(fedsim_run(file, Path(name) / "run"), ENVIRONMENT, memory=True, timeout_seconds=3600)
+        command, environment = fedsim_run(file, Path(name) / "run"), ENVIRONMENT
+        if job.node is not None:
+            command, environment = on_own_node(command, job.node), ENVIRONMENT | with_token()
+        seen = watch(command, environment, memory=True, timeout_seconds=3600)
     assert seen.peak is not None, "memory was sampled"
     peak = seen.peak.total_bytes
     row = [job.title, megabytes(peak), megabytes(job.limit_bytes), megabytes(seen.peak.pss_bytes)]
     row.append(str(seen.peak.num_processes))
     parts = sorted(seen.peak.parts.items(), key=lambda part: -part[1])
     return [*row, f"{seen.round_ends[-1]:.0f}"], parts, peak <= job.limit_bytes
+
+
+def on_own_node(command: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Let a node of Ray be started with options before a run joins it; both belong to the command."""
+    port = free_port()
+    ray_command = Path(sys.executable).with_name("ray")
+    start = [str(ray_command), "start", "--head", "--disable-usage-stats", f"--port={port}", *options]
+    join = [*command, "--runtime.address", f"127.0.0.1:{port}"]
+    return ["sh", "-c", f"{shlex.join(start)} && exec {shlex.join(join)}"]
+
+
+def with_token() -> dict[str, str]:
+    """Return the environment of a cluster and of those who join it: nobody else has the token."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
+
+
+def free_port() -> int:
+    """Return a port that nobody listens to."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @click.command()
