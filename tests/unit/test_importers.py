@@ -298,6 +298,22 @@ def test_pickles_of_numpy_1_are_read(tmp_path: Path) -> None:
     assert import_dataset(tmp_path / "old.pkl", tmp_path / "out").splits == {"old": 3}
 
 
+def test_arrays_are_made_without_numpys_own_unpickling(tmp_path: Path) -> None:
+    """Numpy trusts the state that a pickle gives an array: this one, objects for numbers, breaks its memory."""
+    clients = fede_clients(split_by_relation(GRAPH, 3, seed=0))
+    whole = pickle.dumps(clients, 2)
+    for content, message in (
+        (whole.replace(b"i8", b"O8"), "holds an array of 'O8', only numbers"),
+        (whole.replace(b"i8", b"i4"), "not as long as its shape says"),
+        (whole.replace(b"X\x01\x00\x00\x00<", b"X\x01\x00\x00\x00x"), "the type of an array is damaged"),
+        (whole.replace(b"X\x06\x00\x00\x00latin1", b"X\x06\x00\x00\x00rot_13"), "bytes are damaged"),
+    ):
+        assert content != whole
+        (tmp_path / "fed.pkl").write_bytes(content)
+        with pytest.raises(DataError, match=f"refused, not a FedE pickle.*{message}"):
+            import_dataset(tmp_path / "fed.pkl", tmp_path / "out")
+
+
 def test_broken_fede_pickles_are_refused(tmp_path: Path) -> None:
     clients = fede_clients(split_by_relation(GRAPH, 3, seed=0))
     whole = pickle.dumps(clients)
