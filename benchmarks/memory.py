@@ -75,6 +75,12 @@ JOBS = {
         FB15K | {"data.modalities": ["text"], "training.local_epochs": 1},
         3e9,
     ),
+    "mmfed3-lean": MemoryJob(
+        "the same, state on a shelf, no dashboard",
+        FB15K | {"data.modalities": ["text"], "training.local_epochs": 1, "runtime.dashboard": False},
+        3e9,
+        shelved=True,
+    ),
     "no-op": MemoryJob("1000 no-op clients of 300 triples", {}, 1.2e9, 1000),
     "no-op-lean": MemoryJob(
         "the same, state on a shelf, no dashboard", {"runtime.dashboard": False}, 1.2e9, 1000, shelved=True
