@@ -10,9 +10,9 @@ attack works. The tables have the validation MRR of the clients that attack in n
 weighted by their triples; a run that an attack brought down counts as 0. A run that is finished in the output folder
 is not done again.
 
-Robust aggregators work behind a bound on the size of whole updates (`robustness.max_norm_ratio`, 3 times the cohort's
+Robust aggregators work behind a bound on the size of whole updates (`robustness.max_norm_ratio`, twice the cohort's
 median), as does `bounded_mean`, the plain mean otherwise: a row has few senders, and attackers may be most of them,
-but over a whole update they show. Against attackers who stay below the bound: `--strength 2.9`.
+but over a whole update they show. Against attackers who stay below the bound: `--strength 1.9`.
 
 Targets: with the largest share of attackers a robust aggregator keeps 90 % of the clean MRR of the plain mean under
 every attack, and the plain mean loses more than half under at least one.
@@ -151,7 +151,7 @@ def _is(cell: Cell, attack: str | None, aggregator: str, share: float) -> bool:
 @click.option("--attack", "attacks", multiple=True, type=click.Choice(list(ATTACKS)), help="these alone")
 @click.option("--aggregator", "names", multiple=True, type=click.Choice([*AGGREGATORS, BOUNDED_MEAN]))
 @click.option("--strength", type=float, help="of all attacks [default: each one's own]")
-@click.option("--bound", default=3.0, show_default=True, help="on the size of updates, but for the plain mean")
+@click.option("--bound", default=2.0, show_default=True, help="on the size of updates, but for the plain mean")
 @click.option("--set", "changes", nargs=2, multiple=True, metavar="FIELD VALUE", help="change the config of all runs")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="processes side by side")
 @click.option("--sheet", "sheet_file", type=click.Path(path_type=Path), help="markdown file for the tables")
