@@ -181,8 +181,9 @@ def parse_space(tree: Any, source: str) -> SearchSpace:
     settings = tree.get("settings") or {}
     if not isinstance(settings, Mapping):
         raise ConfigError(f"search space {source}: settings must hold config paths with values, not {settings!r}")
-    for path in settings:
+    for path, value in settings.items():
         _check_path(str(path), source)
+        _check_plain(value, f"search space {source}: settings: {path}")
     parameters = tuple(_parse_parameter(str(name), spec, source) for name, spec in tree["space"].items())
     paths = [path for item in parameters for path in item.paths]
     for path in paths:
@@ -205,6 +206,8 @@ def _parse_parameter(name: str, spec: Any, source: str) -> Parameter:
     if kind == "choice":
         if not values:
             raise ConfigError(f"{where}: no values to try; give at least one")
+        for value in values:
+            _check_plain(value, where)
         return Parameter(paths, kind, values)
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(values) != 2 or len(numbers) != 2 or not values[0] < values[1]:
@@ -247,6 +250,14 @@ def _read_domain(spec: Any) -> tuple[str, tuple[Any, ...]] | None:
     if isinstance(spec, Integer):  # Ray leaves the upper end out
         return f"{log}randint", (int(spec.lower), int(spec.upper) - 1)
     return f"{log}uniform", (float(spec.lower), float(spec.upper))
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what a config cannot hold and JSON cannot keep, such as the date that YAML makes of 2001-01-01."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as err:
+        raise ConfigError(f"{where}: {value!r} is no number, text, list or null; put text in quotes") from err
 
 
 def _check_path(path: str, source: str) -> None:

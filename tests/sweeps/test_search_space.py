@@ -1,5 +1,6 @@
 """Search spaces and plans: every form is read, and what is wrong is said before anything starts."""
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,14 @@ def test_the_three_questions_of_the_project_have_a_space() -> None:
         ({"spaces": {}}, "must hold `space`"),
         ({"space": {"diffusion.steps": [5]}, "extra": 1}, "unknown key 'extra'"),
         ({"space": {"diffusion.steps": 5}}, "diffusion.steps: 5 is not understood"),
+        (
+            {"space": {"diffusion.steps": [5, datetime.date(2001, 1, 1)]}},
+            "diffusion.steps: datetime.date(2001, 1, 1) is no number, text, list or null; put text in quotes",
+        ),
+        (
+            {"settings": {"data.path": datetime.date(2001, 1, 1)}, "space": {"diffusion.steps": [5]}},
+            "settings: data.path: datetime.date(2001, 1, 1) is no number",
+        ),
         ({"space": {"diffusion.steps": []}}, "no values to try"),
         ({"space": {"diffusion.steps": {"unifrm": [1, 2]}}}, "unknown kind 'unifrm', the nearest is 'uniform'"),
         ({"space": {"diffusion.steps": {"randint": [9, 2]}}}, "randint needs two numbers"),
