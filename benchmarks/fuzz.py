@@ -4,7 +4,7 @@
     python benchmarks/fuzz.py --inputs 20000 --target config        # one target
     python benchmarks/fuzz.py --again runs/fuzz/config-17           # a saved input once more, with its traceback
 
-The rule (tests/fuzzing/engine.py): a reader works, or raises fedsim's own error. Another exception, a hang, a want of
+The rule (tests/fuzzing/engine.py): a reader works, or raises fedsim's own error. Another exception, a hang, an allocation of
 more than 2 GiB, or a file that a refused import leaves behind is a crash; the first input of each is saved. Inputs
 follow from the seed, target by target, and are the same on every machine with the same versions.
 """
