@@ -4,9 +4,10 @@
     python benchmarks/fuzz.py --inputs 20000 --target config        # one target
     python benchmarks/fuzz.py --again runs/fuzz/config-17           # a saved input once more, with its traceback
 
-The rule (tests/fuzzing/engine.py): a reader works, or raises fedsim's own error. Another exception, a hang, an allocation of
-more than 2 GiB, or a file that a refused import leaves behind is a crash; the first input of each is saved. Inputs
-follow from the seed, target by target, and are the same on every machine with the same versions.
+The rule (tests/fuzzing/engine.py): a reader works, or raises fedsim's own error. Another exception, the death of the
+process, a hang, an allocation of more than 2 GiB, or a file that a refused import leaves behind is a crash; the first
+input of each is saved. Inputs follow from the seed, target by target, and are the same on every machine with the same
+versions.
 """
 
 import json
@@ -15,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,7 +27,8 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from machine import describe_machine
 
-from fuzzing.engine import Outcome, attempt, fuzz, limit_memory, save_crash
+from fuzzing.engine import Crash, Outcome, attempt, fuzz, limit_memory, save_crash
+from fuzzing.mutation import Input
 from fuzzing.targets import all_targets
 
 MEMORY_BYTES = 2 << 30
@@ -56,10 +60,11 @@ def main(inputs: int, seed: int, names: Sequence[str], jobs: int, output: Path, 
         f"{'target':<22}{'inputs':>9}{'accepted':>10}{'kept':>6}{'seconds':>9}{'per s':>8}{'slowest':>9}{'crashes':>9}"
     )
     began, outcomes = time.perf_counter(), []
-    with get_context("spawn").Pool(jobs) as pool:
-        for outcome in pool.imap_unordered(fuzz_one, [(name, count, seed, output) for name, count in counts.items()]):
-            outcomes.append(outcome)
-            show(outcome)
+    with ThreadPoolExecutor(jobs) as threads:
+        tasks = [threads.submit(fuzz_apart, name, count, seed, output) for name, count in counts.items()]
+        for task in as_completed(tasks):
+            outcomes.append(task.result())
+            show(outcomes[-1])
     num_inputs, num_crashes = (sum(getattr(item, name) for item in outcomes) for name in ("num_inputs", "num_crashes"))
     seconds = time.perf_counter() - began
     print(
@@ -68,16 +73,29 @@ def main(inputs: int, seed: int, names: Sequence[str], jobs: int, output: Path, 
     sys.exit(1 if num_crashes else 0)
 
 
-def fuzz_one(task: tuple[str, int, int, Path]) -> Outcome:
-    """Fuzz one target in this process: its name, how many inputs, the seed, and where crashes are saved."""
-    name, num_inputs, seed, output = task
-    target = all_targets()[name]
-    limit_memory(MEMORY_BYTES)
+def fuzz_apart(name: str, num_inputs: int, seed: int, output: Path) -> Outcome:
+    """Fuzz one target in a process of its own; a reader that ends it, whatever the input, is a crash too."""
     with tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as scratch:
-        outcome = fuzz(target, num_inputs, seed, Path(scratch))
-    for crash in outcome.crashes.values():
-        save_crash(crash, name, output)
+        try:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                outcome = pool.submit(fuzz_one, name, num_inputs, seed, Path(scratch)).result()
+        except BrokenProcessPool:
+            crash = Crash("the process died", "the process died", read_input(Path(scratch) / "input"), -1)
+            outcome = Outcome(name, num_crashes=1, crashes={crash.key: crash})
+        for crash in outcome.crashes.values():
+            save_crash(crash, name, output)
     return outcome
+
+
+def fuzz_one(name: str, num_inputs: int, seed: int, scratch: Path) -> Outcome:
+    """Fuzz one target in this process: how many inputs, the seed, and where to work."""
+    limit_memory(MEMORY_BYTES)
+    return fuzz(all_targets()[name], num_inputs, seed, scratch)
+
+
+def read_input(folder: Path) -> Input:
+    """Read the files of an input."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def show(outcome: Outcome) -> None:
@@ -96,10 +114,8 @@ def show(outcome: Outcome) -> None:
 def try_again(folder: Path) -> None:
     """Try a saved input once more."""
     target = all_targets()[json.loads((folder / "crash.json").read_text())["target"]]
-    files = folder / "input"
-    given = {path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()}
     with tempfile.TemporaryDirectory() as scratch:
-        crash, place = attempt(target, given, Path(scratch), 0)
+        crash, place = attempt(target, read_input(folder / "input"), Path(scratch), 0)
     print(crash.text if crash is not None else f"no crash: {place}")
 
 
