@@ -47,7 +47,7 @@ BASE: dict[str, Any] = {
     "watching.tensorboard": False,
     "report.html": False,
 }
-BOUNDED_MEAN = "bounded_mean"
+CHOICES = [*AGGREGATORS, "bounded_mean"]
 STRENGTH = {"alie": 1.5}  # the paper's own z is below 0.2 for 20 clients, and nobody could see it
 
 
@@ -149,8 +149,8 @@ def _is(cell: Cell, attack: str | None, aggregator: str, share: float) -> bool:
 @click.option("--seeds", default=1, show_default=True, help="seeds 0 .. n-1")
 @click.option("--share", "shares", multiple=True, type=click.FloatRange(0.01, 0.49), default=(0.1, 0.2))
 @click.option("--attack", "attacks", multiple=True, type=click.Choice(list(ATTACKS)), help="these alone")
-@click.option("--aggregator", "names", multiple=True, type=click.Choice([*AGGREGATORS, BOUNDED_MEAN]))
-@click.option("--strength", type=float, help="of all attacks [default: each one's own]")
+@click.option("--aggregator", "names", multiple=True, type=click.Choice(CHOICES), help="these alone")
+@click.option("--strength", type=float, help="of the attacks, which must all take it [default: each one's own]")
 @click.option("--bound", default=2.0, show_default=True, help="on the size of updates, but for the plain mean")
 @click.option("--set", "changes", nargs=2, multiple=True, metavar="FIELD VALUE", help="change the config of all runs")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="processes side by side")
@@ -174,7 +174,7 @@ def main(
     os.environ["OMP_NUM_THREADS"] = "1"
     sheet = Sheet("Robust aggregation under attack", sheet_file)
     shares = tuple(sorted(shares))
-    aggregators = list(names) or [*AGGREGATORS, BOUNDED_MEAN]
+    aggregators = list(names) or CHOICES
     base = BASE | {"data.path": data, "data.num_clients": clients, "federation.num_rounds": rounds}
     base |= {"federation.max_failed_clients": clients, "evaluation.every": rounds, **dict(changes)}
     tasks: dict[Cell, tuple[Path, dict[str, Any]]] = {}

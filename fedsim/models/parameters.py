@@ -53,7 +53,7 @@ def overwrite(own: Params, values: Mapping[str, Tensor], device: torch.device | 
     for name, value in values.items():
         kept = own.get(name)
         if kept is not None and kept.shape == value.shape and kept.dtype == value.dtype:
-            kept.copy_(value)
+            kept.copy_(value.detach())
         else:
             own[name] = value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 

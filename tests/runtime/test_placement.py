@@ -1,5 +1,8 @@
 """Placement: what is chosen for which cluster, and what is said when it does not fit."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from actors.cluster import available_memory, private_memory
 from actors.placement import Move, NodeResources, deal, plan_placement, rebalance
+from actors.runtime import BALANCE_ROUNDS, RayRuntime
 from fedsim.config import RuntimeConfig
 from fedsim.errors import RunError
 
@@ -140,6 +144,24 @@ def test_the_clients_state_leaves_less_memory_for_actors() -> None:
     plan = plan_placement(RuntimeConfig(), work, [node], node, with_server=True, state_bytes=1.25 * GB)
     assert len(plan.groups) == 2
     assert plan.lines[1].endswith("2.0 GB of memory free, 1.2 GB of it for the clients' state")
+
+
+@pytest.mark.parametrize(("slow", "moved"), [([1], 0), ([1, 2], 0), ([0, 1, 2], 2)])
+def test_one_slow_round_moves_nothing(slow: list[int], moved: int) -> None:
+    """Actor a holds clients 0, 1, 2, b holds 3; of five rounds, client 0 takes ten times as long in the slow ones.
+
+    Three of five are the usual: 12 seconds beside 3, so clients 1 and 2 go to b.
+    """
+    moves = []
+    pool = [SimpleNamespace(name="a", batches=((0,), (1,), (2,))), SimpleNamespace(name="b", batches=((3,),))]
+    seconds = {client: [3.0 if client == 3 else 1.0] * BALANCE_ROUNDS for client in range(4)}
+    for round_num in slow:
+        seconds[0][round_num] = 10.0
+    runtime = SimpleNamespace(rounds_since_balance=BALANCE_ROUNDS, pool=pool, measured=seconds)
+    runtime.crew, runtime._move = SimpleNamespace(clients=range(4)), lambda *move: moves.append(move)
+    RayRuntime._balance(cast(RayRuntime, runtime))
+    assert len(moves) == moved
+    assert runtime.rounds_since_balance == 0
 
 
 def test_memory_is_measured() -> None:

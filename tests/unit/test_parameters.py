@@ -5,7 +5,7 @@ import math
 import torch
 
 from experiments import generator
-from fedsim.models.parameters import layer_norm, linear, linear_init, select_view, take_rows, with_prefix
+from fedsim.models.parameters import layer_norm, linear, linear_init, overwrite, select_view, take_rows, with_prefix
 
 
 def test_layer_norm_standardises_by_hand() -> None:
@@ -32,6 +32,19 @@ def test_views_come_apart_as_they_were_put_together() -> None:
     both = with_prefix(own, "local") | with_prefix({"entity": torch.zeros(1)}, "global") | {"relation": torch.ones(2)}
     assert select_view(both, "local") == own
     assert set(select_view(both, "global")) == {"entity"}
+
+
+def test_values_are_overwritten_in_place_where_they_fit() -> None:
+    """`a` stays where it is, `b` gets another size, `c` is new; none of them is the value that was given."""
+    own = {"a": torch.zeros(2, 2), "b": torch.zeros(2)}
+    places = {name: value.data_ptr() for name, value in own.items()}
+    values = {"a": torch.ones(2, 2).T, "b": torch.ones(3), "c": torch.ones(2, 2)[:, 0]}
+    overwrite(own, values)
+    assert own["a"].data_ptr() == places["a"]
+    assert all(torch.equal(own[name], value) for name, value in values.items())
+    for value in values.values():
+        value.fill_(5.0)
+    assert all(bool((value == 1).all()) and value.is_contiguous() for value in own.values())
 
 
 def test_the_same_rows_of_every_part_are_taken() -> None:

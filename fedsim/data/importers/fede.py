@@ -47,7 +47,7 @@ class _Type:
             raise pickle.UnpicklingError("the shape of an array is damaged")
         if not isinstance(content, bytes | bytearray) or len(content) != math.prod(sizes) * kind.itemsize:
             raise pickle.UnpicklingError("an array is not as long as its shape says")
-        return np.frombuffer(bytes(content), kind).reshape(sizes, order="F" if by_columns else "C")
+        return np.frombuffer(content, kind).reshape(sizes, order="F" if by_columns else "C")
 
 
 class _Array:
@@ -59,7 +59,7 @@ class _Array:
         if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _Type):
             raise pickle.UnpicklingError("an array is damaged")
         _, shape, kind, by_columns, content = state
-        self.values = kind.read(content, shape, by_columns is True or by_columns == 1)
+        self.values = kind.read(content, shape, by_columns)
 
 
 def _new_array(*_: Any) -> _Array:
