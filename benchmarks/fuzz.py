@@ -80,7 +80,7 @@ def fuzz_apart(name: str, num_inputs: int, seed: int, output: Path) -> Outcome:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 outcome = pool.submit(fuzz_one, name, num_inputs, seed, Path(scratch)).result()
         except BrokenProcessPool:
-            crash = Crash("the process died", "the process died", read_input(Path(scratch) / "input"), -1)
+            crash = Crash("the process died", "the process died", read_input(Path(scratch) / "input"), None)
             outcome = Outcome(name, num_crashes=1, crashes={crash.key: crash})
         for crash in outcome.crashes.values():
             save_crash(crash, name, output)
@@ -108,7 +108,8 @@ def show(outcome: Outcome) -> None:
     )
     for crash in outcome.crashes.values():
         last = crash.text.strip().splitlines()[-1][:150]
-        print(f"    {crash.key} (input {crash.number}): {last}", flush=True)
+        which = "the last input" if crash.number is None else f"input {crash.number}"
+        print(f"    {crash.key} ({which}): {last}", flush=True)
 
 
 def try_again(folder: Path) -> None:

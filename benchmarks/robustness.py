@@ -141,6 +141,14 @@ def _is(cell: Cell, attack: str | None, aggregator: str, share: float) -> bool:
     return (cell.attack, cell.aggregator, cell.share) == (attack, aggregator, share)
 
 
+def check_strength(strength: float, attacks: Sequence[str]) -> None:
+    """Refuse a strength that one of the attacks cannot have: its runs would look like runs that it brought down."""
+    for name in attacks:
+        limit = ATTACKS[name].max_strength
+        if limit is not None and strength > limit:
+            raise click.BadParameter(f"{name} takes at most {limit:g}; give other --attack", param_hint="--strength")
+
+
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="where the runs are kept")
 @click.option("--data", default="cn_visual", show_default=True)
@@ -150,7 +158,11 @@ def _is(cell: Cell, attack: str | None, aggregator: str, share: float) -> bool:
 @click.option("--share", "shares", multiple=True, type=click.FloatRange(0.01, 0.49), default=(0.1, 0.2))
 @click.option("--attack", "attacks", multiple=True, type=click.Choice(list(ATTACKS)), help="these alone")
 @click.option("--aggregator", "names", multiple=True, type=click.Choice(CHOICES), help="these alone")
-@click.option("--strength", type=float, help="of the attacks, which must all take it [default: each one's own]")
+@click.option(
+    "--strength",
+    type=click.FloatRange(0, min_open=True),
+    help="of the attacks, which must all take it [default: each one's own]",
+)
 @click.option("--bound", default=2.0, show_default=True, help="on the size of updates, but for the plain mean")
 @click.option("--set", "changes", nargs=2, multiple=True, metavar="FIELD VALUE", help="change the config of all runs")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="processes side by side")
@@ -172,6 +184,8 @@ def main(
 ) -> None:
     """Run and compare aggregators under attack."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    if strength is not None:
+        check_strength(strength, attacks or tuple(ATTACKS))
     sheet = Sheet("Robust aggregation under attack", sheet_file)
     shares = tuple(sorted(shares))
     aggregators = list(names) or CHOICES

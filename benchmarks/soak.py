@@ -6,9 +6,9 @@ After each round it sums the proportional set sizes of all processes (without pa
 what else the machine runs), reads the size of Ray's object store from Ray's own metrics, and counts open file handles.
 The slope is by least squares over the rounds after a warm-up, in which allocators, Ray's buffers and its object store
 grow to what they stay at: the heap of each of a process's threads keeps the pages of its highest use, and new highs
-become rare only after some 2,000 rounds. The slope of each stretch of rounds, warm-up too, stands in a table of its own.
-Because neighbouring rounds are alike, the standard error is that of the means of blocks of rounds. Nothing grows if the
-slope is within two standard errors of zero.
+become rare only after some 2,000 rounds. The slope of each stretch of rounds, warm-up too, stands in a table of its
+own. Because neighbouring rounds are alike, the standard error is that of the means of blocks of rounds. Nothing grows
+if the slope is within two standard errors of zero.
 """
 
 import os

@@ -53,12 +53,12 @@ class Target:
 
 @dataclass
 class Crash:
-    """An input that broke a reader; `key` is the same for the same fault."""
+    """An input that broke a reader; `key` is the same for the same fault, `number` None if the process died with it."""
 
     key: str
     text: str
     files: Input
-    number: int
+    number: int | None
 
 
 @dataclass
@@ -147,7 +147,7 @@ def write_input(given: Input, folder: Path) -> None:
 
 def save_crash(crash: Crash, target: str, folder: Path) -> Path:
     """Keep what broke a reader, so that `benchmarks/fuzz.py --again` can try it again."""
-    place = folder / f"{target}-{crash.number}"
+    place = folder / f"{target}-{'died' if crash.number is None else crash.number}"
     shutil.rmtree(place, ignore_errors=True)
     write_input(crash.files, place / "input")
     (place / "crash.txt").write_text(crash.text, encoding="utf-8", errors="backslashreplace")
