@@ -81,6 +81,18 @@ JOBS = {
         3e9,
         shelved=True,
     ),
+    "mmfed3-leanest": MemoryJob(
+        "the same, in one client actor",
+        FB15K
+        | {
+            "data.modalities": ["text"],
+            "training.local_epochs": 1,
+            "runtime.dashboard": False,
+            "runtime.num_actors": 1,
+        },
+        3e9,
+        shelved=True,
+    ),
     "no-op": MemoryJob("1000 no-op clients of 300 triples", {}, 1.2e9, 1000),
     "no-op-lean": MemoryJob(
         "the same, state on a shelf, no dashboard", {"runtime.dashboard": False}, 1.2e9, 1000, shelved=True
