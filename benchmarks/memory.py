@@ -38,6 +38,9 @@ POOLED: dict[str, Any] = {
     "checkpoint.keep": 1,
 }
 FB15K: dict[str, Any] = POOLED | {"data.path": "FB15k-237", "data.split": "dirichlet", "data.num_clients": 300}
+MMFED3: dict[str, Any] = FB15K | {"data.modalities": ["text"], "training.local_epochs": 1}
+LEAN: dict[str, Any] = {"runtime.dashboard": False}
+LEANEST: dict[str, Any] = LEAN | {"runtime.num_actors": 1}
 
 
 @dataclass(frozen=True)
@@ -70,36 +73,14 @@ JOBS = {
         | {"training.reset_optimizer": "always"},
         3e9,
     ),
-    "mmfed3": MemoryJob(
-        "300 clients of FB15k-237 with texts, MMFeD3-HidE",
-        FB15K | {"data.modalities": ["text"], "training.local_epochs": 1},
-        3e9,
-    ),
-    "mmfed3-lean": MemoryJob(
-        "the same, state on a shelf, no dashboard",
-        FB15K | {"data.modalities": ["text"], "training.local_epochs": 1, "runtime.dashboard": False},
-        3e9,
-        shelved=True,
-    ),
-    "mmfed3-leanest": MemoryJob(
-        "the same, in one client actor",
-        FB15K
-        | {
-            "data.modalities": ["text"],
-            "training.local_epochs": 1,
-            "runtime.dashboard": False,
-            "runtime.num_actors": 1,
-        },
-        3e9,
-        shelved=True,
-    ),
+    "mmfed3": MemoryJob("300 clients of FB15k-237 with texts, MMFeD3-HidE", MMFED3, 3e9),
+    "mmfed3-lean": MemoryJob("the same, state on a shelf, no dashboard", MMFED3 | LEAN, 3e9, shelved=True),
+    "mmfed3-leanest": MemoryJob("the same, in one client actor", MMFED3 | LEANEST, 3e9, shelved=True),
     "no-op": MemoryJob("1000 no-op clients of 300 triples", {}, 1.2e9, 1000),
-    "no-op-lean": MemoryJob(
-        "the same, state on a shelf, no dashboard", {"runtime.dashboard": False}, 1.2e9, 1000, shelved=True
-    ),
+    "no-op-lean": MemoryJob("the same, state on a shelf, no dashboard", LEAN, 1.2e9, 1000, shelved=True),
     "no-op-leanest": MemoryJob(
         "the same, in one client actor, on a node without Ray's log monitor and autoscaler",
-        {"runtime.dashboard": False, "runtime.num_actors": 1},
+        LEANEST,
         1.2e9,
         1000,
         shelved=True,
