@@ -111,7 +111,11 @@ class DiffusionConfig(Section):
 class TrainingConfig(Section):
     """Local training at a client (method.md eq. 8)."""
 
-    loss: str = Field("one_vs_all", description="one_vs_all (cross-entropy over all entities) or self_adversarial")
+    loss: str = Field(
+        "one_vs_all",
+        description="one_vs_all (cross-entropy over all entities), sampled_softmax (over the answer and negatives) or "
+        "self_adversarial",
+    )
     batch_size: Count = Field(256, description="triples per step")
     local_epochs: Annotated[int, Field(ge=0)] = Field(3, description="epochs per round; 0 trains nothing (benchmarks)")
     optimizer: Literal["adam", "adagrad"] = Field("adam", description="optimiser of all parameters")
@@ -123,13 +127,15 @@ class TrainingConfig(Section):
         "never", description="whose optimiser state starts anew each round: nobody's, the global copy's, everybody's"
     )
     reciprocal: bool = Field(True, description="a second embedding per relation for (?, relation, tail) queries")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of one_vs_all")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="label smoothing of the cross-entropies"
+    )
     n3_weight: Weight = Field(0.0, description="weight of the N3 regulariser")
-    num_negatives: Count = Field(256, description="negatives per triple of self_adversarial")
+    num_negatives: Count = Field(256, description="negatives per query of the losses that sample them")
     negatives: Literal["per_triple", "filtered", "shared"] = Field(
         "per_triple",
-        description="negatives of self_adversarial: of each query, of each query without known answers (FedE), or one "
-        "set for a client's whole batch",
+        description="which negatives: of each query, of each query without known answers (FedE), or one set for a "
+        "client's whole batch",
     )
     negative_weighting: Literal["belief", "entropy"] = Field(
         "belief", description="what weighs a negative of self_adversarial: its score, or how unsure the model is of it"

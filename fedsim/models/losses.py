@@ -1,7 +1,7 @@
 """Link-prediction losses (method.md section 3).
 
 A loss takes the logits of each query over its candidates. With `one_vs_all` the candidates are all entities of the
-client; with `self_adversarial` they are the true answer (column 0) and sampled negatives.
+client; with the others they are the true answer (column 0) and sampled negatives.
 
 To add one: write a class with the members of `Loss`, and add a line to `LOSSES`.
 """
@@ -20,6 +20,7 @@ class Loss(Protocol):
     """A link-prediction loss."""
 
     samples_negatives: bool
+    drops_answers: bool  # negatives that are the query's own answer are left out
 
     def __call__(
         self, logits: Tensor, target: Tensor, weight: Tensor, config: TrainingConfig, real: Tensor | None = None
@@ -43,6 +44,7 @@ class OneVsAll:
     """Cross-entropy over all entities of the client (Lacroix et al., ICML 2018)."""
 
     samples_negatives = False
+    drops_answers = False
 
     def __call__(
         self, logits: Tensor, target: Tensor, weight: Tensor, config: TrainingConfig, real: Tensor | None = None
@@ -88,6 +90,16 @@ class _CrossEntropy(torch.autograd.Function):
         return result, None, None, None
 
 
+class SampledSoftmax(OneVsAll):
+    """Cross-entropy over the true answer and sampled negatives: `one_vs_all` for graphs of many entities.
+
+    A draw of the answer itself is left out, or its share of the softmax could not pass 1/2 (Jean et al., ACL 2015).
+    """
+
+    samples_negatives = True
+    drops_answers = True
+
+
 class SelfAdversarial:
     """Negative sampling weighted by the model's own belief (RotatE, Sun et al., ICLR 2019; used by FedE).
 
@@ -99,6 +111,7 @@ class SelfAdversarial:
     """
 
     samples_negatives = True
+    drops_answers = False
 
     def __call__(
         self, logits: Tensor, target: Tensor, weight: Tensor, config: TrainingConfig, real: Tensor | None = None
@@ -124,7 +137,11 @@ def decision_entropy(logits: Tensor) -> Tensor:
     return functional.softplus(unlikely) - unlikely * torch.sigmoid(unlikely)
 
 
-LOSSES: dict[str, Loss] = {"one_vs_all": OneVsAll(), "self_adversarial": SelfAdversarial()}
+LOSSES: dict[str, Loss] = {
+    "one_vs_all": OneVsAll(),
+    "sampled_softmax": SampledSoftmax(),
+    "self_adversarial": SelfAdversarial(),
+}
 
 
 def n3_penalty(head: Tensor, relation: Tensor, tail: Tensor, *, complex_pairs: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Negatives of `self_adversarial`: drawn for each query, or one set that all queries of a client's batch share.
+"""Sampled negatives: drawn for each query, or one set that all queries of a client's batch share.
 
 Negatives of its own for each query, none of them a known answer (`filtered`), are what FedE and RotatE train on; with
 many entities it makes little difference to leave known answers in (`per_triple`), and costs less. Shared ones are
@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedsim.config import TrainingConfig
 from fedsim.evaluation.ranking import FilterIndex
 from fedsim.models.client_model import ClientModel
 from fedsim.models.parameters import take_rows
+from fedsim.models.stacking import PADDING_LOGIT
 
 MAX_REDRAWS = 100
 
@@ -106,7 +108,12 @@ def used_rows(embeddings: Tensor, triples: Tensor, negatives: Tensor) -> tuple[T
 
 
 def candidate_scores(
-    model: ClientModel, queries: Tensor, embeddings: Tensor, target: Tensor, negatives: Tensor
+    model: ClientModel,
+    queries: Tensor,
+    embeddings: Tensor,
+    target: Tensor,
+    negatives: Tensor,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """Score each query's true answer, then its negatives.
 
@@ -116,12 +123,15 @@ def candidate_scores(
         embeddings: [..., num_kinds, num_entities, dim].
         target: the true answers. int64 [..., num_queries]
         negatives: int64 [..., num_queries, num_negatives], or [..., 1, num_negatives] if all queries share them.
+        dropped: negatives that are scored -1e6, as padding is; None for none. bool [..., num_queries, num_negatives]
 
     Returns:
         Scores, the true answer's in column 0. [..., num_queries, 1 + num_negatives]
     """
     own = target.unsqueeze(-1)
     if negatives.shape[-2] == target.shape[-1]:
-        return model.scores_of(queries, embeddings, torch.cat([own, negatives], -1))
-    shared = model.scores(queries, take_rows(embeddings, negatives.squeeze(-2)))
-    return torch.cat([model.scores_of(queries, embeddings, own), shared], -1)
+        scores = model.scores_of(queries, embeddings, torch.cat([own, negatives], -1))
+    else:
+        shared = model.scores(queries, take_rows(embeddings, negatives.squeeze(-2)))
+        scores = torch.cat([model.scores_of(queries, embeddings, own), shared], -1)
+    return scores if dropped is None else scores.masked_fill(functional.pad(dropped, (1, 0)), PADDING_LOGIT)

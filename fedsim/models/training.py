@@ -254,17 +254,21 @@ def forward_view(
         batch.draws.get(view, {}),
     )
     losses, embeddings = dict(passed.losses), passed.embeddings
+    target, dropped = _answers(model, batch.triples), None
+    if batch.negatives is not None and model.loss.drops_answers:
+        dropped = batch.negatives == target.unsqueeze(-1)
     if batch.negatives is not None and config.training.negatives == "shared":
         embeddings, triples, negatives = used_rows(embeddings, batch.triples, batch.negatives)
         batch = replace(batch, triples=triples, negatives=negatives)
-    queries, target = _queries(model, embeddings, relations, batch.triples)
+        target = _answers(model, triples)
+    queries = _queries(model, embeddings, relations, batch.triples)
     if view in batch.keep:
         queries = queries * batch.keep[view] / (1 - config.model.dropout)
     if batch.negatives is None:
         logits = stack.mask(model.scores(queries, embeddings))
         losses["link"] = model.loss(logits, target, batch.weight, config.training, stack.real)
     else:
-        logits = candidate_scores(model, queries, embeddings, target, batch.negatives)
+        logits = candidate_scores(model, queries, embeddings, target, batch.negatives, dropped)
         target = torch.zeros_like(target)
         losses["link"] = model.loss(logits, target, batch.weight, config.training)
     if config.training.n3_weight > 0:
@@ -333,14 +337,20 @@ def update_ema(values: ClientValues, decay: float, num_steps: Sequence[int]) -> 
                 own.lerp_(value, 1 - rate)
 
 
-def _queries(model: ClientModel, embeddings: Tensor, relations: Tensor, triples: Tensor) -> tuple[Tensor, Tensor]:
+def _queries(model: ClientModel, embeddings: Tensor, relations: Tensor, triples: Tensor) -> Tensor:
     """Ask for the tails, and for the heads unless `training.corruption` is tail; [..., num_parts, num_queries, dim]."""
     head, relation, tail = triples.unbind(-1)
     tails = model.queries(embeddings, relations, head, relation, inverse=False)
     if model.config.training.corruption == "tail":
-        return tails, tail
+        return tails
     heads = model.queries(embeddings, relations, tail, relation, inverse=True)
-    return torch.cat([tails, heads], -2), torch.cat([tail, head], -1)
+    return torch.cat([tails, heads], -2)
+
+
+def _answers(model: ClientModel, triples: Tensor) -> Tensor:
+    """Return the true answers of `_queries`, int64 [..., num_queries]."""
+    head, _, tail = triples.unbind(-1)
+    return tail if model.config.training.corruption == "tail" else torch.cat([tail, head], -1)
 
 
 def _name_non_finite(stack: ClientStack, losses: Mapping[str, Tensor]) -> str:

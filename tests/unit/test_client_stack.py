@@ -73,6 +73,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "training.loss": "self_adversarial",
         "training.negatives": "shared",
     },
+    "sampled softmax": {
+        "federation.strategy": "mmfed3",
+        "training.loss": "sampled_softmax",
+        "training.negatives": "shared",
+    },
     **{
         f"{scorer} with negatives": {
             "federation.strategy": "mmfed3",

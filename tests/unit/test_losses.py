@@ -92,6 +92,14 @@ def test_padding_changes_nothing(
         assert bool((rest == 0).all()), "padding gets no gradient"
 
 
+def test_sampled_softmax_is_cross_entropy_over_its_candidates() -> None:
+    """Scores (ln 3, 0, 0), the answer's first: -ln(3/5) = 0.510826. Left out, the third counts nothing: -ln(3/4)."""
+    loss, answer = LOSSES["sampled_softmax"], torch.zeros(1, dtype=torch.int64)
+    for scores, expected in (([math.log(3), 0.0, 0.0], 0.510826), ([math.log(3), 0.0, -1e6], 0.287682)):
+        value = float(loss(torch.tensor([scores]), answer, torch.ones(1), _settings()))
+        assert math.isclose(value, expected, rel_tol=1e-5)
+
+
 def test_self_adversarial_by_hand() -> None:
     """Half the sum of the positive's and the weighted negatives' terms, with gamma = 1.
 

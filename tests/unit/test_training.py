@@ -30,7 +30,7 @@ def test_the_average_of_the_denoiser_by_hand() -> None:
     assert torch.equal(values.ema["g/imputer.a"], torch.ones(1))
 
 
-@pytest.mark.parametrize("loss", ["one_vs_all", "self_adversarial"])
+@pytest.mark.parametrize("loss", ["one_vs_all", "sampled_softmax", "self_adversarial"])
 def test_training_learns_its_triples(loss: str) -> None:
     client = _local(**{"training.local_epochs": 40, "training.loss": loss, "training.margin": 1.0})
     first = client.train(1, None)[1].losses["local/link"]
@@ -196,3 +196,27 @@ def test_tokens_are_filled_each_epoch_or_round(
     monkeypatch.setattr(ClientStack, "impute", lambda *args: calls.append(1) or fill(*args))
     client.train(1, None)
     assert len(calls) == expected
+
+
+@pytest.mark.parametrize("kind", ["per_triple", "shared"])
+def test_sampled_softmax_leaves_out_the_answer_itself(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negatives that are their query's answer score -1e6, and no others do."""
+    batches: list[Any] = []
+    forwards: list[Any] = []
+    real = training.forward_view
+
+    def spy(stack: Any, params: Any, view: str, batch: Any, *args: Any) -> Any:
+        forwards.append(real(stack, params, view, batch, *args))
+        batches.append(batch)
+        return forwards[-1]
+
+    monkeypatch.setattr(training, "forward_view", spy)
+    _local(**{"training.loss": "sampled_softmax", "training.negatives": kind}).train(1, None)
+    num_left_out = 0
+    for batch, forward in zip(batches, forwards, strict=True):
+        head, _, tail = batch.triples.unbind(-1)
+        is_answer = batch.negatives == torch.cat([tail, head]).unsqueeze(-1)
+        assert torch.equal(forward.logits[:, 1:] == -1e6, is_answer.expand_as(forward.logits[:, 1:]))
+        assert bool((forward.logits[:, 0] > -1e6).all())
+        num_left_out += int(is_answer.sum())
+    assert num_left_out > 0
