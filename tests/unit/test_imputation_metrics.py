@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from builders import tiny_graph
-from experiments import linear_graph, small_client, small_runtime
+from experiments import generator, linear_graph, small_client, small_runtime
 from fedsim.evaluation import imputation
 from fedsim.evaluation.imputation import measure_imputation, token_quality
 from fedsim.federated.client import Client
@@ -31,6 +31,15 @@ def test_a_constant_estimate_shares_its_places() -> None:
         true = torch.eye(num)
         hidden = torch.arange(num) == 0
         assert token_quality(torch.zeros(1, num), true, hidden) == (0.0, hits)
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    true, hidden = torch.randn(40, 6, generator=generator()), torch.arange(40) % 2 == 0
+    estimate = true[hidden] + torch.randn(20, 6, generator=generator(1))
+    whole = token_quality(estimate, true, hidden)
+    monkeypatch.setattr(imputation, "BLOCK", 3)
+    assert token_quality(estimate, true, hidden) == pytest.approx(whole)
+    assert 0 < whole[1] < 1
 
 
 def _trained(**overrides: object) -> Client:
