@@ -5,9 +5,9 @@
 TransE on structure alone, dim 128, gamma 10, Adam 1e-3, batch 512, 256 negatives that a batch shares, 3 local epochs;
 both sides are ranked, filtered, among a client's own entities; test MRR is of the round that was best on validation.
 All strategies have the same settings. A client answers with its own model after its local epochs: with FedE its copy of
-the global one, with FedLU the private one. FedLU's authors report that the latter is better; the last table says whether
-it is here, and whether it is better than a model that is trained alone. A run that is finished in the output folder is
-not done again.
+the global one, with FedLU the private one. FedLU's authors report that the latter is better; the last table says if it
+is here, and if it is better than a model that is trained alone. A run that is finished in the output folder is not done
+again.
 """
 
 import json
