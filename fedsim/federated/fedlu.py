@@ -1,8 +1,8 @@
 """FedLU: a private model and a copy of the global one teach each other by their logits (method.md section 6, eq. 9).
 
 Source: Zhu, Li and Hu, "Heterogeneous Federated Knowledge Graph Embedding Learning and Unlearning", WWW 2023. A client
-keeps a private local model L and a trainable copy of the global model G; both share its private relation table. The
-server averages the global copies as FedE does. A client answers with its private model alone. The unlearning half of
+keeps a private local model L and a trainable copy of the global model G; both use its private relation table, which L
+trains. The server averages the global copies as FedE does. A client answers with its private model alone. The unlearning half of
 the paper is left out. `distillation.warmup_rounds` and the stop-gradient on the teacher are ours, as in MMFeD3.
 
 Symbols: L `local`, G `global`, tau `temperature`.
@@ -25,17 +25,9 @@ class FedLU(Strategy):
     combinations: tuple[float, ...] = (0.0,)
 
     @property
-    def couples(self) -> bool:
-        """Whether any term couples the two views."""
-        return self.config.distillation.ever_positive("logit_to_client", "logit_to_global")
-
-    @property
     def relation_views(self) -> tuple[str, ...] | None:
-        """Let both views train the relations that they share; without any coupling the private model alone.
-
-        Then nothing of the federation reaches the private model, which is that of local training.
-        """
-        return None if self.couples else ("local",)
+        """Let the private model alone train the relations: in the authors' code the global copy's step moves entities."""
+        return ("local",)
 
     def couple(self, round_num: int, step: Step) -> dict[str, Tensor]:
         """Return the logit terms of eq. 9, after the warm-up."""

@@ -38,9 +38,13 @@ class MMFeD3(FedLU):
         return self.config.distillation.num_soft_queries > 0 and self.config.distillation.server_steps > 0
 
     @property
-    def couples(self) -> bool:
-        """Whether any term couples the two views."""
-        return super().couples or self.config.distillation.ever_positive("feature_to_client", "feature_to_global")
+    def relation_views(self) -> tuple[str, ...] | None:
+        """Let both views train the relations that they share; without any coupling the private model alone.
+
+        Then nothing of the federation reaches the private model, which is that of local training.
+        """
+        terms = ("logit_to_client", "logit_to_global", "feature_to_client", "feature_to_global")
+        return None if self.config.distillation.ever_positive(*terms) else ("local",)
 
     def couple(self, round_num: int, step: Step) -> dict[str, Tensor]:
         """Return the logit terms of eq. 9 and the feature terms of eq. 10, after the warm-up."""
