@@ -2,8 +2,8 @@
 
 Source: Zhu, Li and Hu, "Heterogeneous Federated Knowledge Graph Embedding Learning and Unlearning", WWW 2023. A client
 keeps a private local model L and a trainable copy of the global model G; both use its private relation table, which L
-trains. The server averages the global copies as FedE does. A client answers with its private model alone. The unlearning half of
-the paper is left out. `distillation.warmup_rounds` and the stop-gradient on the teacher are ours, as in MMFeD3.
+trains. The server averages the global copies as FedE does. A client answers with its private model alone. The
+unlearning half of the paper is left out. `distillation.warmup_rounds` is ours; the authors' code begins at a plateau.
 
 Symbols: L `local`, G `global`, tau `temperature`.
 """
@@ -26,7 +26,7 @@ class FedLU(Strategy):
 
     @property
     def relation_views(self) -> tuple[str, ...] | None:
-        """Let the private model alone train the relations: in the authors' code the global copy's step moves entities."""
+        """Let the private model alone train the relations, as the authors' code does."""
         return ("local",)
 
     def couple(self, round_num: int, step: Step) -> dict[str, Tensor]:

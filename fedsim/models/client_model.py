@@ -219,7 +219,11 @@ class ClientModel:
         Returns:
             [..., batch, num_entities].
         """
-        return self.plan.join(self.scorer.score(queries, self.plan.candidates(embeddings)))
+        return self.plan.join(self.part_scores(queries, embeddings))
+
+    def part_scores(self, queries: Tensor, embeddings: Tensor) -> Tensor:
+        """Score each query vector apart, [..., num_parts, batch, num_entities]; arguments as of `scores`."""
+        return self.scorer.score(queries, self.plan.candidates(embeddings))
 
     def scores_of(self, queries: Tensor, embeddings: Tensor, candidates: Tensor) -> Tensor:
         """Score each query against its own candidates, joined over the parts.
@@ -232,5 +236,9 @@ class ClientModel:
         Returns:
             [..., batch, num_candidates].
         """
+        return self.plan.join(self.part_scores_of(queries, embeddings, candidates))
+
+    def part_scores_of(self, queries: Tensor, embeddings: Tensor, candidates: Tensor) -> Tensor:
+        """Score each query vector apart, [..., num_parts, batch, num_candidates]; arguments as of `scores_of`."""
         ids = candidates.unsqueeze(-3).expand(*queries.shape[:-1], -1)
-        return self.plan.join(self.scorer.score_negatives(queries, self.plan.candidates(embeddings), ids))
+        return self.scorer.score_negatives(queries, self.plan.candidates(embeddings), ids)

@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from fedsim.config import TrainingConfig
 
+PADDING_LOGIT = -1e6  # of candidates that are none
+
 
 class Loss(Protocol):
     """A link-prediction loss."""
@@ -52,14 +54,18 @@ class OneVsAll:
         """Return the weighted sum of cross-entropies; label smoothing spreads over the real candidates."""
         share = None
         if config.label_smoothing > 0:
-            each = torch.ones_like(logits[..., 0, :]) if real is None else real.to(logits.dtype)
-            share = config.label_smoothing * each / each.sum(-1, keepdim=True)  # [..., num_candidates]
+            each = self._counted(logits, real).to(logits.dtype)
+            share = config.label_smoothing * each / each.sum(-1, keepdim=True)
         loss: Tensor = _CrossEntropy.apply(logits, target, 1 - config.label_smoothing, share)  # type: ignore[no-untyped-call]
         return (weight * loss).sum(-1)
 
+    def _counted(self, logits: Tensor, real: Tensor | None) -> Tensor:
+        """Return which candidates share the smoothing, [..., 1 or num_queries, num_candidates]."""
+        return torch.ones_like(logits[..., :1, :]) if real is None else real.unsqueeze(-2)
+
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy with the labels `sharpness` at the target plus `share` [..., num_candidates] at all candidates.
+    """Cross-entropy with the labels `sharpness` at the target plus `share` [..., 1 or num_queries, num_candidates].
 
     One tensor of the logits' size is made: the model's distribution, which the backward pass turns into the gradient.
     """
@@ -73,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(target, share)
         ctx.distribution, ctx.sharpness = distribution, sharpness
         loss = log_total - sharpness * logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        return loss if share is None else loss - torch.einsum("...qc,...c->...q", logits, share)
+        return loss if share is None else loss - torch.einsum("...qc,...qc->...q", logits, share)
 
     @staticmethod
     @once_differentiable
@@ -86,7 +92,7 @@ class _CrossEntropy(torch.autograd.Function):
         slope = grad.unsqueeze(-1)
         result.mul_(slope).scatter_add_(-1, target.unsqueeze(-1), -ctx.sharpness * slope)
         if share is not None:
-            result.addcmul_(slope, share.unsqueeze(-2), value=-1)
+            result.addcmul_(slope, share, value=-1)
         return result, None, None, None
 
 
@@ -98,6 +104,10 @@ class SampledSoftmax(OneVsAll):
 
     samples_negatives = True
     drops_answers = True
+
+    def _counted(self, logits: Tensor, real: Tensor | None) -> Tensor:
+        """Return which candidates share the smoothing: what is left out and what is padding is scored -1e6 or less."""
+        return logits > PADDING_LOGIT / 2
 
 
 class SelfAdversarial:

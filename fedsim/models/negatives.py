@@ -15,8 +15,8 @@ from torch.nn import functional
 from fedsim.config import TrainingConfig
 from fedsim.evaluation.ranking import FilterIndex
 from fedsim.models.client_model import ClientModel
+from fedsim.models.losses import PADDING_LOGIT
 from fedsim.models.parameters import take_rows
-from fedsim.models.stacking import PADDING_LOGIT
 
 MAX_REDRAWS = 100
 
@@ -115,7 +115,7 @@ def candidate_scores(
     negatives: Tensor,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """Score each query's true answer, then its negatives.
+    """Score each query's true answer, then its negatives, each query vector apart.
 
     Args:
         model: its scorer.
@@ -126,12 +126,14 @@ def candidate_scores(
         dropped: negatives that are scored -1e6, as padding is; None for none. bool [..., num_queries, num_negatives]
 
     Returns:
-        Scores, the true answer's in column 0. [..., num_queries, 1 + num_negatives]
+        Scores, the true answer's in column 0. [..., num_parts, num_queries, 1 + num_negatives]
     """
     own = target.unsqueeze(-1)
     if negatives.shape[-2] == target.shape[-1]:
-        scores = model.scores_of(queries, embeddings, torch.cat([own, negatives], -1))
+        scores = model.part_scores_of(queries, embeddings, torch.cat([own, negatives], -1))
     else:
-        shared = model.scores(queries, take_rows(embeddings, negatives.squeeze(-2)))
-        scores = torch.cat([model.scores_of(queries, embeddings, own), shared], -1)
-    return scores if dropped is None else scores.masked_fill(functional.pad(dropped, (1, 0)), PADDING_LOGIT)
+        shared = model.part_scores(queries, take_rows(embeddings, negatives.squeeze(-2)))
+        scores = torch.cat([model.part_scores_of(queries, embeddings, own), shared], -1)
+    if dropped is None:
+        return scores
+    return scores.masked_fill(functional.pad(dropped, (1, 0)).unsqueeze(-3), PADDING_LOGIT)

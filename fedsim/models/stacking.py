@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fedsim.models.client_model import EntityInput, ModalityInput, Prototypes
 from fedsim.models.imputers import Draws
+from fedsim.models.losses import PADDING_LOGIT
 from fedsim.models.parameters import Params
 
 T = TypeVar("T")
-PADDING_LOGIT = -1e6
 
 
 def pad_stack(tensors: Sequence[Tensor], shape: Sequence[int] | None = None, value: float = 0) -> Tensor:

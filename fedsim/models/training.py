@@ -265,15 +265,33 @@ def forward_view(
     if view in batch.keep:
         queries = queries * batch.keep[view] / (1 - config.model.dropout)
     if batch.negatives is None:
-        logits = stack.mask(model.scores(queries, embeddings))
-        losses["link"] = model.loss(logits, target, batch.weight, config.training, stack.real)
+        scores = model.part_scores(queries, embeddings)
     else:
-        logits = candidate_scores(model, queries, embeddings, target, batch.negatives, dropped)
+        scores = candidate_scores(model, queries, embeddings, target, batch.negatives, dropped)
         target = torch.zeros_like(target)
-        losses["link"] = model.loss(logits, target, batch.weight, config.training)
+    logits, losses["link"] = _link(stack, scores, target, batch)
     if config.training.n3_weight > 0:
         losses["n3"] = config.training.n3_weight * _n3(model, embeddings, relations, batch)
     return Forward(TokenTable(passed.tokens, stack.entities.available), logits, target, batch.weight, losses)
+
+
+def _link(stack: ClientStack, scores: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits of the queries, [..., num_queries, num_candidates], and their link loss, [...].
+
+    Args:
+        stack: the clients.
+        scores: of each query vector, [..., num_parts, num_queries, num_candidates].
+        target: column of the true answer, int64 [..., num_queries].
+        batch: for weights, and whether the candidates are all entities.
+    """
+    model, real = stack.model, stack.real if batch.negatives is None else None
+    num_parts = scores.shape[-3] if model.fusion.trains_apart else 1
+    # With losses apart each query vector is a query of its own, and the loss is the mean over them.
+    rows = scores.flatten(-3, -2) if num_parts > 1 else model.plan.join(scores)
+    rows = stack.mask(rows) if batch.negatives is None else rows
+    targets, weights = torch.cat([target] * num_parts, -1), torch.cat([batch.weight / num_parts] * num_parts, -1)
+    loss = model.loss(rows, targets, weights, model.config.training, real)
+    return model.plan.join(rows.unflatten(-2, (num_parts, -1))) if num_parts > 1 else rows, loss
 
 
 @dataclass(frozen=True)

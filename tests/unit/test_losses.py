@@ -100,6 +100,22 @@ def test_sampled_softmax_is_cross_entropy_over_its_candidates() -> None:
         assert math.isclose(value, expected, rel_tol=1e-5)
 
 
+def test_what_sampled_softmax_leaves_out_has_no_share_of_the_smoothing() -> None:
+    """With a candidate left out, loss and gradient are those of the candidates that are left."""
+    loss, answer, settings = (
+        LOSSES["sampled_softmax"],
+        torch.zeros(1, dtype=torch.int64),
+        _settings(label_smoothing=0.1),
+    )
+    whole = torch.tensor([[1.0, 0.0, -1e6, 0.5]], requires_grad=True)
+    left = torch.tensor([[1.0, 0.0, 0.5]], requires_grad=True)
+    value, expected = (loss(logits, answer, torch.ones(1), settings) for logits in (whole, left))
+    torch.testing.assert_close(value, expected)
+    (found,), (wanted,) = torch.autograd.grad(value, whole), torch.autograd.grad(expected, left)
+    torch.testing.assert_close(found[:, [0, 1, 3]], wanted)
+    assert float(found[0, 2]) == 0
+
+
 def test_self_adversarial_by_hand() -> None:
     """Half the sum of the positive's and the weighted negatives' terms, with gamma = 1.
 

@@ -74,6 +74,6 @@ def test_shared_negatives_score_as_those_of_each_query(scorer: str, leading: tup
         return [scores, *torch.autograd.grad(scores.tanh().sum(), table)]
 
     own = score(table, triples, negatives.expand(*leading, 5, 4))
-    assert own[0].shape == (*leading, 5, 5)
+    assert own[0].shape == (*leading, 2, 5, 5)  # each part's
     torch.testing.assert_close(score(table, triples, negatives), own)
     torch.testing.assert_close(score(*used_rows(table, triples, negatives)), own)

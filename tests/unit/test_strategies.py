@@ -23,9 +23,11 @@ from fedsim.errors import ConfigError
 from fedsim.federated import STRATEGIES
 from fedsim.federated.aggregation import RoundSums
 from fedsim.federated.fedec import contrast
+from fedsim.federated.fedlu import FedLU
 from fedsim.federated.fedprox import squared_distance
 from fedsim.federated.fedr import relation_rows, relation_table
 from fedsim.federated.message_sizes import MessageSizes
+from fedsim.federated.mmfed3 import MMFeD3
 from fedsim.federated.pfedeg import mix_rows
 from fedsim.federated.runtime import make_strategy
 from fedsim.federated.server import Server
@@ -150,7 +152,23 @@ def test_fedlu_sends_rows_and_modules_alone_and_answers_with_the_private_model()
     assert client.evaluate("valid", 1, choose=True) != before
 
 
-def test_mmfed3_is_fedlu_once_all_else_is_off() -> None:
+def test_fedlu_private_model_without_a_teacher_is_that_of_local_training() -> None:
+    """The global copy is trained on the same relations and taught by the private model: none of it comes back."""
+    settings = {"model.imputer": "zero", "distillation.logit_to_client": 0.0, "distillation.warmup_rounds": 0}
+    together, alone = strategy_runtime("fedlu", **settings), strategy_runtime("local", **settings)
+    for number, client in alone.clients.items():
+        for name in client.values.params:
+            client.values.params[name] = together.clients[number].values.params[name].clone()
+    train_rounds(together, 2)
+    train_rounds(alone, 2)
+    for number, client in alone.clients.items():
+        ours = together.clients[number].values.params
+        assert all(torch.equal(value, ours[name]) for name, value in client.values.params.items())
+
+
+def test_mmfed3_is_fedlu_once_all_else_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but who trains the relations: with MMFeD3 both views, with FedLU the private model."""
+    monkeypatch.setattr(MMFeD3, "relation_views", FedLU.relation_views)
     off = {f"distillation.feature_to_{who}": 0.0 for who in ("client", "global")}
     off |= {"distillation.send_prototypes": False, "distillation.num_soft_queries": 0}
     one, other = strategy_runtime("mmfed3", **off), strategy_runtime("fedlu", **off)

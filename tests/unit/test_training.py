@@ -38,6 +38,24 @@ def test_training_learns_its_triples(loss: str) -> None:
     assert last < 0.9 * first
 
 
+@pytest.mark.parametrize("loss", ["one_vs_all", "sampled_softmax"])
+def test_the_split_fusion_trains_each_token_apart(loss: str) -> None:
+    """Other relations of the last token change what is learned of it, and nothing else to the last bit."""
+    settings = {"model.fusion": "split", "model.imputer": "zero", "training.loss": loss}
+    one, other = _local(**settings), _local(**settings)
+    before = one.values.params["relation"].clone()
+    other.values.params["relation"][-1] += 0.1
+    one.train(1, None)
+    other.train(1, None)
+    ours, theirs = one.values.params, other.values.params
+    assert not torch.equal(ours["relation"][:-1], before[:-1])
+    assert torch.equal(ours["relation"][:-1], theirs["relation"][:-1])
+    assert not torch.equal(ours["relation"][-1], theirs["relation"][-1] - 0.1)
+    changed = {name for name in ours if name != "relation" and not torch.equal(ours[name], theirs[name])}
+    last = list(one.model.feature_dims)[-1]
+    assert changed == {f"local/projection.{last}.{part}" for part in ("weight", "bias")}
+
+
 def test_training_is_a_function_of_seed_round_and_client() -> None:
     one, same, other = _local(), _local(), _local(seed=1, **{"data.seed": 0})
     assert one.train(1, None)[1].losses == same.train(1, None)[1].losses

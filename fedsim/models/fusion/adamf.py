@@ -23,6 +23,7 @@ class AdamfFusion:
     """Convex combination by the agreement of each token with one learned vector."""
 
     uses_modalities = True
+    trains_apart = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair: one embedding per entity."""

@@ -33,6 +33,8 @@ class Fusion(Protocol):
 
     uses_modalities: bool
     """Whether it takes tokens of modalities; else structure alone."""
+    trains_apart: bool
+    """Whether each query vector's scores have a loss of their own in training; else their mean has one."""
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return the pairs that are scored; with (a, b) comes (b, a) on the same relation table.

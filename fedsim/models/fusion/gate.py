@@ -17,6 +17,7 @@ class GateFusion:
     """Convex combination: h(e) = sum_m g_m x_m, g = softmax over tokens of a small net of [x_m, o_m, u_m]."""
 
     uses_modalities = True
+    trains_apart = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair: one embedding per entity."""

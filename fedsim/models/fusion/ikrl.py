@@ -24,6 +24,7 @@ class IkrlFusion:
     """Each token against itself, and structure against each modality both ways; one relation table, mean of all."""
 
     uses_modalities = True
+    trains_apart = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return 1 + 3 pairs per modality; modalities are not scored against each other."""

@@ -5,11 +5,11 @@ IMF: Li et al., "IMF: Interactive Multimodal Fusion Model for Link Prediction", 
     h_f(e) = LN(P^T prod_m (U_m^T x_m(e) + b_m)),    score = mean of f(h_f, r_f, t_f) and f(h_m, r_m, t_m), all m
 
 Symbols: U = `factor`, b = `factor_bias`, P = `output`, prod = elementwise, f = the scorer, h_m = x_m, r_f and r_m =
-relations of tables of their own. The product of projections is a tensor of all tokens' interactions in
-`model.fusion_rank` rank-one terms. Our inference: that form of the low-rank fusion, b started at 1 (so that products of
-fewer tokens are terms too, and a token of zeros leaves the others'), the layer norm, the plain mean where the paper
-learns the weights of the average (which the relation tables of DistMult and ComplEx can hold), and any scorer instead
-of the paper's contextual relational model. The paper's contrastive term is left out.
+relations of tables of their own. The fused embedding and each token are trained by losses of their own. The product of
+projections is a tensor of all tokens' interactions in `model.fusion_rank` rank-one terms. Our inference: that form of
+the low-rank fusion, b started at 1 (so that products of fewer tokens are terms too, and a token of zeros leaves the
+others'), the layer norm, the plain mean where the paper learns the weights of the average, and any scorer instead of
+the paper's contextual relational model. The paper's contrastive term is left out.
 """
 
 from collections.abc import Mapping
@@ -26,6 +26,7 @@ class ImfFusion:
     """The multiplied tokens and each token, every one with a scorer and a relation table of its own."""
 
     uses_modalities = True
+    trains_apart = True
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair for the fused embedding, then one per token."""

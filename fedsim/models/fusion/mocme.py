@@ -29,6 +29,7 @@ class MocmeFusion:
     """Views of each token, weighed by how unlike each other they are; then the tokens likewise."""
 
     uses_modalities = True
+    trains_apart = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair: one embedding per entity."""

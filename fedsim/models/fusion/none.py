@@ -14,6 +14,7 @@ class NoFusion:
     """Structure alone, the raw table without layer norm."""
 
     uses_modalities = False
+    trains_apart = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair."""

@@ -1,4 +1,8 @@
-"""One scorer per token (MoSE: Zhao et al., "MoSE: Modality Split and Ensemble for Multimodal KGC", EMNLP 2022)."""
+"""One scorer per token (MoSE: Zhao et al., "MoSE: Modality Split and Ensemble for Multimodal KGC", EMNLP 2022).
+
+Each token is trained by a loss of its own, and the ensemble answers. Our inference: the plain mean of the scores, where
+the paper also learns weights of the ensemble.
+"""
 
 from collections.abc import Mapping
 
@@ -11,9 +15,10 @@ from fedsim.models.parameters import Params
 
 
 class SplitFusion:
-    """Each token is scored with a relation table of its own; the mean of the scores counts."""
+    """Each token is scored and trained with a relation table of its own; the mean of the scores answers."""
 
     uses_modalities = True
+    trains_apart = True
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return one pair per token."""

@@ -28,6 +28,7 @@ class TbkgcFusion:
     """Structure, the multimodal vector and their sum, with one relation table."""
 
     uses_modalities = True
+    trains_apart = False
 
     def pairs(self, num_tokens: int) -> tuple[Pair, ...]:
         """Return the five energies."""
