@@ -133,8 +133,9 @@ def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, opti
         changes = changes | {"federation.num_rounds": options["rounds"]}
     check_changes(changes)
     recipes = select_recipes(list(options["data"]))
+    chosen = select_methods(groups, methods)
     if options["tune"]:
-        check_trials(recipes, changes)
+        check_trials(recipes, chosen, changes)
     asked = None if options["rates"] is None else options["rates"].split(",")
     rates = {}
     for recipe in recipes:
@@ -143,7 +144,7 @@ def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, opti
     return Plan(
         output=output,
         recipes=recipes,
-        methods=select_methods(groups, methods),
+        methods=chosen,
         rates=rates,
         num_seeds=options["seeds"],
         tuned=Tuned({}) if options["tune"] else read_tuned(options["tuned"] or BUNDLED),
@@ -200,7 +201,7 @@ def _tune(plan: Plan, execute: Executor, tuned: Path | None, console: Console) -
         result = outcomes[cell.folder].result
         if result is not None:
             valid_mrr[cell.recipe, cell.method, int(cell.folder.name.removeprefix("trial"))] = result["valid_mrr"]
-    chosen = choose(plan.recipes, [method.name for method in plan.methods], valid_mrr)
+    chosen = choose(plan.recipes, plan.methods, valid_mrr)
     write_tuned(chosen, path)
     rows = [[recipe, method, str(settings)] for recipe, found in chosen.items() for method, settings in found.items()]
     show_rows("Chosen on validation", ["data", "method", "settings"], rows, console)
@@ -267,7 +268,7 @@ def _version(folders: Iterable[Path]) -> str:
 
 
 def _show_lists() -> None:
-    from fedsim.benchmark.methods import GROUPS, METHODS
+    from fedsim.benchmark.methods import GROUPS, METHODS, RATES
     from fedsim.benchmark.recipes import bundled_recipes
 
     console = make_console()
@@ -281,5 +282,5 @@ def _show_lists() -> None:
         split = (
             r.settings.get("data.split_file") or f"{r.settings['data.split']}, {r.settings['data.num_clients']} clients"
         )
-        rows.append([r.name, str(split), title, f"{len(r.tuning.trials)} x {r.tuning.num_rounds} rounds"])
+        rows.append([r.name, str(split), title, f"{len(r.tuning.trials) + len(RATES)} x {r.tuning.num_rounds} rounds"])
     show_rows("Recipes (--data)", ["recipe", "split", "data", "tuning per method"], rows, console)

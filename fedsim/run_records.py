@@ -175,6 +175,7 @@ class _Benchmark(TypedDict):
     rates: list[str]
     seeds: list[str]
     changes: dict[str, Any]
+    own_trials: NotRequired[dict[str, list[dict[str, Any]]]]
     tuned: dict[str, dict[str, Any] | None]
 
 

@@ -1,6 +1,5 @@
 """Runs cells: one that is finished is read, one that was stopped goes on, another is started."""
 
-import json
 import logging
 import shutil
 import time
@@ -15,7 +14,9 @@ from fedsim.benchmark.folder import locked
 from fedsim.benchmark.plan import Cell
 from fedsim.config import load_config
 from fedsim.errors import FedSimError, RunError
+from fedsim.parsing import parse_json
 from fedsim.run_folder import RunFolder
+from fedsim.run_records import FULL_RESULT, check_record
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,18 @@ def read_finished(cell: Cell) -> Outcome | None:
         return None
     try:
         _check_same(cell)
-        return Outcome(cell.folder, json.loads(folder.result_file.read_text(encoding="utf-8")))
+        return Outcome(cell.folder, _read_result(folder.result_file))
     except FedSimError as err:
         return Outcome(cell.folder, error=str(err))
     except (OSError, ValueError) as err:
         return Outcome(cell.folder, error=f"{folder.result_file} cannot be read ({err}); remove {cell.folder}")
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """Read a result that a table can be made of; RunError or ValueError if it is none."""
+    result = parse_json(path.read_text(encoding="utf-8"))
+    check_record(result, FULL_RESULT, path)
+    return dict(result)
 
 
 def run_in_process(cells: Sequence[Cell], *, keep_models: bool) -> Outcomes:

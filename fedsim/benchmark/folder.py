@@ -31,13 +31,13 @@ def manifest_of(plan: Plan, kind: str) -> dict[str, Any]:
         recipe.name: {"settings": dict(recipe.settings), "tuning": recipe.tuning.model_dump()}
         for recipe in plan.recipes
     }
+    is_table = kind == "benchmark"
     methods = {method.name: {**method.settings, **method.sampled} for method in plan.methods}
     tuned = {
         f"{recipe.name} {method.name}": plan.tuned.settings(recipe, method.variant_of or method.name)
         for recipe in plan.recipes
         for method in plan.methods
     }
-    is_table = kind == "benchmark"
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -46,6 +46,7 @@ def manifest_of(plan: Plan, kind: str) -> dict[str, Any]:
         "on_gpu": plan.on_gpu,
         "recipes": recipes,
         "methods": methods,
+        "own_trials": {} if is_table else {method.name: list(method.trials) for method in plan.methods},
         "tuned": tuned if is_table else {},
         "rates": [f"{name} {missing.label}" for name, rates in plan.rates.items() for missing in rates if is_table],
         "seeds": [str(seed) for seed in range(plan.num_seeds) if is_table],
@@ -107,7 +108,9 @@ def locked(path: Path, busy: str, patience_seconds: float = 0.0) -> Iterator[Non
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError(f"a {type(manifest).__name__}, not an object")
     except (OSError, ValueError) as err:
         raise RunError(f"{path} cannot be read ({err}); give another --output") from err
     return manifest
@@ -127,7 +130,7 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> No
         if lost:
             has = f"it has the {name} {', '.join(lost)} too"
             raise RunError(f"{refusal}: {has}; ask for them as well, or give another --output")
-    for name in ("recipes", "methods", "tuned"):
+    for name in ("recipes", "methods", "own_trials", "tuned"):
         changed = [key for key, value in old.get(name, {}).items() if new[name].get(key) != value]
         if changed:
             raise RunError(f"{refusal}: it has other {name} settings of {', '.join(changed)}; give another --output")

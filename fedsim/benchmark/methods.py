@@ -7,7 +7,7 @@ standardised token has mean zero, so a zero is the same neutral stand-in for eve
 own quality, training or noise enters what is compared; what an imputer adds is group (b)'s question. Scorer (ComplEx)
 and loss (one-vs-all) are the config's defaults for every method.
 
-To add one: add it to the list below.
+To add one: add it to the list `_ALL` below.
 """
 
 import difflib
@@ -27,6 +27,9 @@ GROUPS = {
     "steps": "MMFeD3-HidE with other numbers of diffusion and sampling steps",
 }
 
+# What tuning tries of a method besides the recipe's trials: two values of what is its own, or of the learning rate.
+RATES = ({"training.learning_rate": 0.005}, {"training.learning_rate": 0.02})
+
 
 @dataclass(frozen=True)
 class Method:
@@ -42,6 +45,7 @@ class Method:
         fixed_rate: the settings say what is hidden, so one run serves all missing rates.
         ranked: whether it may be the best; a ceiling that sees what others do not may not.
         variant_of: the method whose tuned values it runs with; empty if it has its own.
+        trials: settings that tuning tries of this method besides the recipe's; as many for every method.
     """
 
     name: str
@@ -53,22 +57,28 @@ class Method:
     fixed_rate: bool = False
     ranked: bool = True
     variant_of: str = ""
+    trials: tuple[Mapping[str, Any], ...] = RATES
 
 
 def _settings(strategy: str, imputer: str, fusion: str) -> dict[str, Any]:
     return {"federation.strategy": strategy, "model.imputer": imputer, "model.fusion": fusion}
 
 
-def _fusion(name: str, fusion: str, title: str, source: str, sampled: Mapping[str, Any] | None = None) -> Method:
-    return Method(f"mmfede-{name}", ("a",), _settings("fede", "zero", fusion), title, source, sampled or {})
+def _two(values: Sequence[float], *fields: str) -> tuple[Mapping[str, Any], ...]:
+    """Give all fields the one value, or the other."""
+    return tuple(dict.fromkeys(fields, value) for value in values)
 
 
-def _imputer(name: str, imputer: str, title: str, source: str) -> Method:
-    return Method(f"mmfede-{name}", ("b",), _settings("fede", imputer, "gate"), title, source)
+def _fusion(name: str, fusion: str, title: str, source: str, **others: Any) -> Method:
+    return Method(f"mmfede-{name}", ("a",), _settings("fede", "zero", fusion), title, source, **others)
 
 
-def _strategy(name: str, title: str, source: str) -> Method:
-    return Method(f"{name}-zero", ("c",), _settings(name, "zero", "gate"), title, source)
+def _imputer(name: str, imputer: str, title: str, source: str, **others: Any) -> Method:
+    return Method(f"mmfede-{name}", ("b",), _settings("fede", imputer, "gate"), title, source, **others)
+
+
+def _strategy(name: str, title: str, source: str, **others: Any) -> Method:
+    return Method(f"{name}-zero", ("c",), _settings(name, "zero", "gate"), title, source, **others)
 
 
 def _reference(name: str, strategy: str, fusion: str, title: str, source: str, *, ranked: bool = True) -> Method:
@@ -81,21 +91,31 @@ def _variant(group: str, variant: Variant) -> Method:
     return Method(variant.name, (group,), {**base, **variant.settings}, variant.title, "-", variant_of=variant.base)
 
 
+LOGITS = _two((1.0, 4.0), "distillation.logit_to_client", "distillation.logit_to_global")
+
 _ALL = (
     _reference("local", "local", "none", "structure alone, every client alone", "-"),
     _reference("fede", "fede", "none", "structure alone, FedE", "Chen et al., IJCKG 2021"),
     _reference("central", "central", "gate", "all data in one place, nothing hidden: the ceiling", "-", ranked=False),
+    Method("local-zero", ("references",), _settings("local", "zero", "gate"), "every client alone, gate, zeros", "-"),
     _fusion("ikrl", "ikrl", "energies of structure and each modality", "Xie et al., IJCAI 2017"),
     _fusion("tbkgc", "tbkgc", "energies of structure and one multimodal vector", "Mousselly-Sergieh et al., *SEM 2018"),
     _fusion("mose", "split", "a scorer per modality", "Zhao et al., EMNLP 2022"),
     _fusion("adamf", "adamf", "adaptive weights of modalities", "Zhang et al., LREC-COLING 2024"),
-    _fusion("imf", "imf", "low-rank interactions and decision fusion", "Li et al., WWW 2023"),
+    _fusion(
+        "imf",
+        "imf",
+        "low-rank interactions and decision fusion",
+        "Li et al., WWW 2023",
+        trials=_two((32, 128), "model.fusion_rank"),
+    ),
     _fusion(
         "mocme",
         "mocme",
         "complementarity-guided experts",
         "MoCME, as far as its abstract tells",
-        {"training.negative_weighting": "entropy"},
+        sampled={"training.negative_weighting": "entropy"},
+        trials=_two((2, 5), "model.num_experts"),
     ),
     Method(
         "mmfede-zero",
@@ -106,23 +126,56 @@ _ALL = (
     ),
     _imputer("mean", "mean", "mean of the client's available tokens", "-"),
     _imputer("random", "random", "noise", "MoSE: Zhao et al., EMNLP 2022"),
-    _imputer("nearest", "nearest", "mean of the nearest entities in structure", "-"),
-    _imputer("ridge", "ridge", "ridge regression from the other tokens", "-"),
-    _imputer("mlp", "mlp", "MLP regression from the other tokens", "-"),
-    _imputer("vae", "vae", "conditional multimodal VAE", "-"),
-    _imputer("gan", "gan", "generator and discriminator", "MACO: Zhang et al., 2023"),
-    _imputer("hide", "diffusion", "HidE inside MMFedE", "arXiv:2506.22036"),
-    _strategy("fedprox", "proximal term", "Li et al., MLSys 2020"),
-    _strategy("fedec", "embedding contrast", "Chen et al., KBS 2022"),
-    _strategy("fedlu", "mutual logit distillation", "Zhu et al., WWW 2023"),
+    _imputer(
+        "nearest",
+        "nearest",
+        "mean of the nearest entities in structure",
+        "-",
+        trials=_two((5, 20), "imputer.num_neighbours"),
+    ),
+    _imputer(
+        "ridge",
+        "ridge",
+        "ridge regression from the other tokens",
+        "-",
+        trials=_two((100.0, 10000.0), "imputer.ridge_strength"),
+    ),
+    _imputer("mlp", "mlp", "MLP regression from the other tokens", "-", trials=_two((0.1, 10.0), "imputer.weight")),
+    _imputer("vae", "vae", "conditional multimodal VAE", "-", trials=_two((0.01, 1.0), "imputer.kl_weight")),
+    _imputer(
+        "gan",
+        "gan",
+        "generator and discriminator",
+        "MACO: Zhang et al., 2023",
+        trials=_two((0.01, 1.0), "imputer.adversarial_weight"),
+    ),
+    _imputer(
+        "hide", "diffusion", "HidE inside MMFedE", "arXiv:2506.22036", trials=_two((0.1, 10.0), "diffusion.weight")
+    ),
+    _strategy(
+        "fedprox", "proximal term", "Li et al., MLSys 2020", trials=_two((0.001, 0.0001), "federation.proximal_mu")
+    ),
+    _strategy(
+        "fedec",
+        "embedding contrast",
+        "Chen et al., KBS 2022",
+        trials=_two((1.0, 10.0), "federation.contrastive_weight"),
+    ),
+    _strategy("fedlu", "mutual logit distillation", "Zhu et al., WWW 2023", trials=LOGITS),
     _strategy("fedr", "relation embeddings are shared, entities stay", "Zhang et al., Findings of EMNLP 2022"),
-    _strategy("pfedeg", "a mixture of clients for each client", "in the style of PFedEG"),
+    _strategy(
+        "pfedeg",
+        "a mixture of clients for each client",
+        "in the style of PFedEG",
+        trials=_two((1.0, 5.0), "federation.affinity_temperature"),
+    ),
     Method(
         "mmfed3-zero",
         ("c", "ablation"),
         _settings("mmfed3", "zero", "gate"),
         "dual distillation, zeros",
         "arXiv:2506.22036",
+        trials=LOGITS,
     ),
     Method(
         "mmfed3-hide",
@@ -130,6 +183,7 @@ _ALL = (
         _settings("mmfed3", "diffusion", "gate"),
         "MMFeD3-HidE, the default config",
         "arXiv:2506.22036",
+        trials=LOGITS,
     ),
     *(_variant("ablation", variant) for variant in distillation_variants()),
     *(_variant("steps", variant) for variant in step_variants()),

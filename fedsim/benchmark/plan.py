@@ -1,14 +1,14 @@
 """The plan: which cells a benchmark has, with the resolved config and the run folder of each."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedsim.benchmark.methods import Method
 from fedsim.benchmark.recipes import Recipe, find_data
-from fedsim.benchmark.tuned import Tuned
+from fedsim.benchmark.tuned import Tuned, trials_of
 from fedsim.config import Config, make_config
 from fedsim.errors import ConfigError
 from fedsim.federated import STRATEGIES
@@ -31,6 +31,10 @@ DECIDED = frozenset(
         "runtime.gpus_per_client",
     }
 )
+
+# Sections that tuned values depend on, and fields of them that leave the task as it was.
+TUNED_FOR = frozenset({"data", "model", "diffusion", "imputer", "training", "federation", "distillation"})
+SAME_TASK = frozenset({"data.path", "training.compile", "federation.num_rounds"})
 
 
 @dataclass(frozen=True)
@@ -124,19 +128,19 @@ class Plan:
         return list(found.values())
 
     def is_tuned(self, recipe: Recipe, method: Method) -> bool:
-        """Tell whether a method runs with the values that were chosen for it: tuned, and no option changes them."""
+        """Tell whether a method runs with the values that were chosen for it: tuned, and no option changes the task."""
         chosen = self.tuned.settings(recipe, method.variant_of or method.name)
-        return chosen is not None and not chosen.keys() & self.changes.keys()
+        return chosen is not None and not changes_task(self.changes)
 
     def trials(self) -> list[Cell]:
-        """Make the cells of a tuning: each method with each trial of its recipe's budget."""
+        """Make the cells of a tuning: each method with the trials of its recipe's budget and its own."""
         found = []
         for recipe in self.recipes:
             budget = recipe.tuning
             missing = parse_missing(budget.missing)
             fixed = {"seed": budget.seed, "federation.num_rounds": budget.num_rounds}
-            for number, trial in enumerate(budget.trials):
-                for method in self.methods:
+            for method in self.methods:
+                for number, trial in enumerate(trials_of(recipe, method)):
                     folder = self.folder(recipe, missing, method, 0).with_name(f"trial{number}")
                     found.append(self._cell(recipe, missing, method, folder, trial, fixed))
         return found
@@ -171,6 +175,11 @@ class Plan:
         return Cell(recipe.name, label, method.name, config.seed, folder, config)
 
 
+def changes_task(changes: Iterable[str]) -> bool:
+    """Tell whether fields are among those that tuned values depend on."""
+    return any(path.partition(".")[0] in TUNED_FOR and path not in SAME_TASK for path in changes)
+
+
 def check_changes(changes: Mapping[str, Any]) -> None:
     """Refuse options that would make all methods, rates or seeds the same."""
     for path in changes:
@@ -178,12 +187,15 @@ def check_changes(changes: Mapping[str, Any]) -> None:
             raise ConfigError(f"--{path} is what the benchmark varies or decides; leave it out")
 
 
-def check_trials(recipes: Iterable[Recipe], changes: Mapping[str, Any]) -> None:
+def check_trials(recipes: Iterable[Recipe], methods: Sequence[Method], changes: Mapping[str, Any]) -> None:
     """Refuse options that would make the trials of a tuning the same."""
     for recipe in recipes:
-        for path in changes:
-            if any(path in trial for trial in recipe.tuning.trials):
-                raise ConfigError(f"--{path} is what the trials of recipe {recipe.name} vary; leave it out")
+        for method in methods:
+            for path in changes:
+                if any(path in trial for trial in trials_of(recipe, method)):
+                    raise ConfigError(
+                        f"--{path} is what the trials of {method.name} on {recipe.name} vary; leave it out"
+                    )
 
 
 def check_parts(config: Config) -> None:

@@ -4,7 +4,7 @@ A recipe file holds the settings of one data set and, under `recipes`, what each
 there are those of the command line. Paths to files of one's own are taken as well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsim.benchmark.methods import check_name
-from fedsim.config import DataConfig
+from fedsim.config import DataConfig, config_fields
 from fedsim.data.dataset import resolve_dataset
 from fedsim.errors import ConfigError, DataError
 from fedsim.parsing import parse_yaml
@@ -116,11 +116,29 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"recipe file {path}: {place}: {first['msg']}") from err
+    for place, settings in _all_settings(file):
+        for field in settings:
+            try:
+                check_field(field)
+            except ConfigError as err:
+                raise ConfigError(f"recipe file {path}: {place}: {err}") from err
     rates = tuple(rate if isinstance(rate, str) else f"{rate:g}" for rate in file.rates)
     return {
         name: Recipe(name, path.stem, file.title, file.obtain, file.settings | settings, rates, file.tuning)
         for name, settings in file.recipes.items()
     }
+
+
+def _all_settings(file: _RecipeFile) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield "settings", file.settings
+    yield from ((f"recipes.{name}", settings) for name, settings in file.recipes.items())
+    yield from (("tuning.trials", trial) for trial in file.tuning.trials)
+
+
+def check_field(field: object) -> None:
+    """Refuse what is no dotted path of a config field."""
+    if field not in {path for path, _ in config_fields()}:
+        raise ConfigError(f"'{field}' is no config field, such as model.dropout; see `fedsim config`")
 
 
 def find_data(recipe: Recipe, settings: Mapping[str, Any]) -> Path:

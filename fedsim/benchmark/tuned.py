@@ -10,17 +10,16 @@ from typing import Any
 
 import yaml
 
-from fedsim.benchmark.methods import METHODS, check_name
-from fedsim.benchmark.recipes import Recipe
+from fedsim.benchmark.methods import METHODS, Method, check_name
+from fedsim.benchmark.recipes import Recipe, check_field
 from fedsim.checkpoint import replace_text
-from fedsim.config import config_fields
 from fedsim.errors import ConfigError
 from fedsim.parsing import parse_yaml
 
 BUNDLED = Path(__file__).parent / "tuned.yaml"
 HEADER = """\
-# Settings chosen on validation: recipe -> method -> settings. Every method had the trials that its recipe states, each
-# run once with the recipe's tuning seed. Made by `fedsim benchmark --tune`.
+# Settings chosen on validation: recipe -> method -> settings. Every method had the trials that its recipe states and
+# two of its own, each run once with the recipe's tuning seed. Made by `fedsim benchmark --tune`.
 """
 
 
@@ -50,7 +49,6 @@ def read_tuned(path: Path) -> Tuned:
         raise ConfigError(f"tuned values {path} cannot be read: {err.strerror}; make them with --tune") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         raise ConfigError(f"tuned values {path} are not YAML: {' '.join(str(err).split())}") from err
-    fields = [field for field, _ in config_fields()]
     if not isinstance(tree, dict):
         raise ConfigError(f"tuned values {path}: the file must hold recipes, not a {type(tree).__name__}")
     for recipe, methods in tree.items():
@@ -62,7 +60,7 @@ def read_tuned(path: Path) -> Tuned:
             try:
                 check_name("method", method, METHODS)
                 for field in settings:
-                    check_name_of_field(field, fields)
+                    check_field(field)
             except ConfigError as err:
                 raise ConfigError(f"tuned values {path}: {recipe}: {err}") from err
     return Tuned(tree)
@@ -76,31 +74,30 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"tuned values {path}: there is no folder {path.absolute().parent}; make it first")
 
 
-def check_name_of_field(field: str, fields: Sequence[str]) -> None:
-    """Refuse a dotted path that is no config field."""
-    if field not in fields:
-        raise ConfigError(f"'{field}' is no config field; see `fedsim config`")
+def trials_of(recipe: Recipe, method: Method) -> list[Mapping[str, Any]]:
+    """Return what tuning tries: the recipe's trials, then the method's own."""
+    return [*recipe.tuning.trials, *method.trials]
 
 
 def choose(
-    recipes: Sequence[Recipe], methods: Sequence[str], valid_mrr: Mapping[tuple[str, str, int], float]
+    recipes: Sequence[Recipe], methods: Sequence[Method], valid_mrr: Mapping[tuple[str, str, int], float]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Take each method's trial with the best validation MRR, the first of equals.
 
     Args:
         recipes: the data.
-        methods: names of methods.
+        methods: those that were tuned.
         valid_mrr: (recipe, method, number of the trial) -> validation MRR; a method of which a trial is missing has
             not had its budget, so nothing is chosen for it.
     """
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
     for recipe in recipes:
-        trials = recipe.tuning.trials
         for method in methods:
-            keys = [(recipe.name, method, number) for number in range(len(trials))]
+            trials = trials_of(recipe, method)
+            keys = [(recipe.name, method.name, number) for number in range(len(trials))]
             if all(key in valid_mrr for key in keys):
                 best = max(range(len(trials)), key=lambda number: valid_mrr[keys[number]])
-                chosen.setdefault(recipe.name, {})[method] = dict(trials[best])
+                chosen.setdefault(recipe.name, {})[method.name] = dict(trials[best])
     return chosen
 
 

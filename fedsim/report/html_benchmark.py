@@ -12,7 +12,7 @@ from fedsim.benchmark.comparison import METRICS, Column, Entry, make_column
 from fedsim.benchmark.execution import Outcome
 from fedsim.benchmark.folder import MANIFEST
 from fedsim.benchmark.methods import METHODS, Method
-from fedsim.benchmark.plan import ANY, Missing, parse_missing
+from fedsim.benchmark.plan import ANY, Missing, changes_task, parse_missing
 from fedsim.benchmark.recipes import Recipe, TuningBudget
 from fedsim.errors import RunError
 from fedsim.parsing import parse_json
@@ -102,7 +102,7 @@ def _entry(
     place = folder.absolute() / recipe.name / (ANY if method.fixed_rate else missing.label) / name
     outcomes = tuple(_outcome(place / f"seed{seed}") for seed in manifest["seeds"])
     chosen = manifest["tuned"].get(f"{recipe.name} {name}")
-    tuned = chosen is not None and not chosen.keys() & manifest["changes"].keys()
+    tuned = chosen is not None and not changes_task(manifest["changes"])
     return Entry(recipe, missing, method, outcomes, tuned)
 
 
@@ -207,7 +207,9 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def _num_trials(manifest: Mapping[str, Any]) -> int:
-    return sum(len(content["tuning"]["trials"]) for content in manifest["recipes"].values()) * len(manifest["methods"])
+    shared = sum(len(content["tuning"]["trials"]) for content in manifest["recipes"].values())
+    own = sum(map(len, manifest.get("own_trials", {}).values()))
+    return shared * len(manifest["methods"]) + own * len(manifest["recipes"])
 
 
 def _trials(manifest: Mapping[str, Any], folder: Path, base: Path) -> Section:
@@ -217,7 +219,8 @@ def _trials(manifest: Mapping[str, Any], folder: Path, base: Path) -> Section:
         run = path.parent
         recipe, missing, method, trial = run.relative_to(folder).parts
         outcome = _outcome(run)
-        settings = manifest["recipes"].get(recipe, {}).get("tuning", {}).get("trials", [])
+        shared = manifest["recipes"].get(recipe, {}).get("tuning", {}).get("trials", [])
+        settings = [*shared, *manifest.get("own_trials", {}).get(method, [])]
         number = trial.removeprefix("trial")
         chosen = settings[int(number)] if number.isdigit() and int(number) < len(settings) else {}
         mrr = "–" if outcome.result is None else f"{outcome.result['valid_mrr']:.4f}"

@@ -11,6 +11,7 @@ import yaml
 
 from builders import write_tiny_dataset
 from fedsim import cli, simulation
+from fedsim.benchmark import methods
 from fedsim.config import Config
 from fedsim.errors import RunError
 from runs import SMALL
@@ -183,20 +184,23 @@ def test_tuning_tries_the_same_on_every_method_and_its_file_is_used(
     command: Command, started: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("--tune", "--output", "tuning") == 0
-    assert len(started) == 3 * 2
+    assert len(started) == 3 * 4
     assert "use it with --tuned tuning/tuned.yaml" in capsys.readouterr().out
     chosen = yaml.safe_load((Path("tuning") / "tuned.yaml").read_text())["tiny"]
     assert set(chosen) == set(METHODS)
     for name, settings in chosen.items():
         valid = []
-        for trial in (0, 1):
+        for trial in range(4):
             (result,) = Path("tuning").glob(f"tiny/*/{name}/trial{trial}/result.json")
             valid.append(json.loads(result.read_text())["valid_mrr"])
-        assert settings == {"model.dropout": (0.1, 0.2)[valid.index(max(valid))]}
+        trials = [{"model.dropout": 0.1}, {"model.dropout": 0.2}, *methods.METHODS[name].trials]
+        assert settings == trials[valid.index(max(valid))]
     assert command("--seeds", "1", "--output", "out", "--tuned", "tuning/tuned.yaml") == 0
     for row in _rows("out"):
         config = yaml.safe_load((Path(row["run"]) / "config.yaml").read_text())
-        assert config["model"]["dropout"] == chosen[row["method"]]["model.dropout"]
+        for path, value in chosen[row["method"]].items():
+            section, _, field = path.partition(".")
+            assert config[section][field] == value
         assert row["tuned"] == "yes"
     assert "not tuned" not in (Path("out") / "table.md").read_text()
     assert command("--seeds", "1", "--output", "plain") == 0
@@ -220,7 +224,7 @@ def test_tuning_tries_the_same_on_every_method_and_its_file_is_used(
         (["--output", "out", "--tune", "--seeds", "3"], "leave --seeds out"),
         (
             ["--output", "out", "--tune", "--model.dropout", "0.2"],
-            "--model.dropout is what the trials of recipe wn_noto",
+            "--model.dropout is what the trials of local on wn_noto",
         ),
         (["--output", "out", "--tune", "--tuned", "no/such.yaml"], "tuned values no/such.yaml: there is no folder"),
         (["--output", "out", "--tune", "--tuned", "full/thesis.tex"], "full/thesis.tex: the file must hold recipes"),
@@ -252,9 +256,10 @@ def test_what_a_user_gets_wrong_is_one_message_and_exit_code_2(
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
-def test_an_option_that_changes_a_tuned_value_is_marked(command: Command) -> None:
+@pytest.mark.parametrize("option", [("--model.dropout", "0.3"), ("--model.scorer", "distmult")])
+def test_an_option_that_changes_the_task_of_tuned_values_is_marked(command: Command, option: tuple[str, str]) -> None:
     Path("tuned.yaml").write_text(yaml.safe_dump({"tiny": {name: {"model.dropout": 0.1} for name in METHODS}}))
-    assert command("--seeds", "1", "--output", "out", "--tuned", "tuned.yaml", "--model.dropout", "0.3") == 0
+    assert command("--seeds", "1", "--output", "out", "--tuned", "tuned.yaml", *option) == 0
     assert {row["tuned"] for row in _rows("out")} == {"no"}
     assert "† not tuned on this data" in (Path("out") / "table.md").read_text()
 
@@ -276,5 +281,5 @@ def test_runs_of_several_commits_are_named_in_the_table(command: Command) -> Non
 def test_the_lists_name_methods_groups_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["benchmark", "--list"]) == 0
     shown = capsys.readouterr().out
-    for name in ("references", "mmfed3-hide", "fb15k237-fede10", "MoSE", "2 x 6 rounds"):
+    for name in ("references", "mmfed3-hide", "fb15k237-fede10", "MoSE", "4 x 6 rounds"):
         assert name in shown

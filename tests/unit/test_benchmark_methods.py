@@ -7,7 +7,7 @@ import pytest
 from fedsim.benchmark.methods import GROUPS, METHODS, Method, select_methods
 from fedsim.benchmark.plan import check_parts
 from fedsim.benchmark.recipes import TuningBudget, bundled_recipes, read_recipes, select_recipes
-from fedsim.benchmark.tuned import BUNDLED, Tuned, choose, read_tuned, write_tuned
+from fedsim.benchmark.tuned import BUNDLED, Tuned, choose, read_tuned, trials_of, write_tuned
 from fedsim.config import config_fields, make_config
 from fedsim.errors import ConfigError
 
@@ -65,7 +65,7 @@ def test_variants_take_parts_away_and_run_with_the_values_of_the_whole() -> None
 
 def test_groups_and_names_add_up_in_the_order_of_the_table() -> None:
     assert [m.name for m in select_methods(["references"], ["mmfede-ridge"])] == [
-        *("local", "fede", "central", "mmfede-ridge", "mmfed3-hide"),
+        *("local", "fede", "central", "local-zero", "mmfede-ridge", "mmfed3-hide"),
     ]
     assert select_methods([], []) == [method for method in METHODS.values() if not method.variant_of]
 
@@ -111,6 +111,12 @@ def test_a_recipe_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntunning: {}\n", "tunning: "),
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntuning: {trials: []}\n", "tuning.trials: "),
         ("", "the file: "),
+        (
+            "title: x\nsettings: {data: {path: y}}\nrecipes: {a: {}}\n",
+            "settings: 'data' is no config field, such as model.dropout",
+        ),
+        ("title: x\nsettings: {}\nrecipes: {a: {model.dropuot: 1}}\n", "recipes.a: 'model.dropuot' is no config field"),
+        ("title: x\nsettings: {}\nrecipes: {a: {}}\ntuning: {trials: [{3: 4}]}\n", "tuning.trials"),
     ],
 )
 def test_a_broken_recipe_file_names_what_is_wrong(text: str, part: str, tmp_path: Path) -> None:
@@ -133,7 +139,17 @@ def test_bundled_tuned_values_are_trials_of_the_budget() -> None:
     assert {"wn_noto", "cn_visual"} <= set(tuned.values)
     for name, methods in tuned.values.items():
         for method, settings in methods.items():
-            assert settings in recipes[name].tuning.trials, f"{name}, {method}"
+            assert settings in trials_of(recipes[name], METHODS[method]), f"{name}, {method}"
+
+
+def test_every_method_has_as_many_trials_and_its_own_change_it() -> None:
+    """Two of its own, which differ from its defaults; a trial that changed nothing would be none."""
+    for method in METHODS.values():
+        assert len(method.trials) == 2, method.name
+        default = make_config(overrides=dict(method.settings))
+        configs = [make_config(overrides={**method.settings, **trial}) for trial in method.trials]
+        assert default not in configs, method.name
+        assert configs[0] != configs[1], method.name
 
 
 def test_tuned_values_stand_under_the_recipe_or_its_family() -> None:
@@ -148,10 +164,17 @@ def test_tuned_values_stand_under_the_recipe_or_its_family() -> None:
 def test_the_trial_with_the_best_validation_mrr_is_chosen_if_all_ended() -> None:
     recipe = bundled_recipes()["wn_noto"]
     assert recipe.tuning.trials == TuningBudget().trials
-    valid = {("wn_noto", "local", 0): 0.2, ("wn_noto", "local", 1): 0.3, ("wn_noto", "fede", 0): 0.9}
-    valid |= {("wn_noto", "central", 0): 0.4, ("wn_noto", "central", 1): 0.4}
-    chosen = choose([recipe], ["local", "fede", "central"], valid)
-    assert chosen == {"wn_noto": {"local": recipe.tuning.trials[1], "central": recipe.tuning.trials[0]}}
+    found = {"local": (0.2, 0.3, 0.1, 0.1), "fede": (0.9,), "central": (0.4, 0.4, 0.3, 0.4)}
+    found["fedprox-zero"] = (0.1, 0.1, 0.1, 0.2)
+    valid = {("wn_noto", name, number): mrr for name, values in found.items() for number, mrr in enumerate(values)}
+    chosen = choose([recipe], [METHODS[name] for name in found], valid)
+    assert chosen == {
+        "wn_noto": {
+            "local": recipe.tuning.trials[1],
+            "central": recipe.tuning.trials[0],
+            "fedprox-zero": {"federation.proximal_mu": 0.0001},
+        }
+    }
 
 
 def test_tuned_values_are_added_to_those_of_a_file(tmp_path: Path) -> None:

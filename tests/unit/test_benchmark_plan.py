@@ -91,12 +91,10 @@ def test_settings_of_sampled_negatives_come_with_that_loss_alone(plan: Plan) -> 
 def test_a_tuning_has_the_same_trials_for_every_method(plan: Plan) -> None:
     cells = plan.trials()
     assert [cell.folder.relative_to(plan.output).as_posix() for cell in cells] == [
-        "tiny-3/any/local/trial0",
-        "tiny-3/0.5/mmfede-mean/trial0",
-        "tiny-3/any/local/trial1",
-        "tiny-3/0.5/mmfede-mean/trial1",
+        f"tiny-3/{method}/trial{number}" for method in ("any/local", "0.5/mmfede-mean") for number in range(4)
     ]
-    assert [cell.config.model.dropout for cell in cells] == [0.4, 0.4, 0.6, 0.6]
+    assert [cell.config.model.dropout for cell in cells] == [0.4, 0.6, 0.1, 0.1] * 2
+    assert [cell.config.training.learning_rate for cell in cells] == [0.01, 0.01, 0.005, 0.02] * 2
     assert {(cell.config.seed, cell.config.federation.num_rounds) for cell in cells} == {(100, 6)}
 
 
