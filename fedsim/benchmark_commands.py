@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # keeps torch out of `fedsim --help`
 
     from fedsim.benchmark.execution import Executor, Outcome, Outcomes
     from fedsim.benchmark.plan import Cell, Plan
+    from fedsim.benchmark.tuned import Chosen
 
 RayRunner = Callable[..., "Outcomes"]
 """`actors.benchmark.run_on_ray`."""
@@ -194,21 +195,29 @@ def _tune(plan: Plan, execute: Executor, tuned: Path | None, console: Console) -
     from fedsim.benchmark.tuned import choose, write_tuned
 
     path = tuned or plan.output / "tuned.yaml"
-    cells = plan.trials()
-    outcomes, _ = _run_all(plan, "tuning", cells, execute, console)
-    valid_mrr = {}
-    for cell in cells:
-        result = outcomes[cell.folder].result
-        if result is not None:
-            valid_mrr[cell.recipe, cell.method, int(cell.folder.name.removeprefix("trial"))] = result["valid_mrr"]
-    chosen = choose(plan.recipes, plan.methods, valid_mrr)
+    valid_mrr: dict[tuple[str, str, int], float] = {}
+
+    def run(best: Chosen | None) -> list[Cell]:
+        cells = plan.trials(best)
+        outcomes, _ = _run_all(plan, "tuning", cells, execute, console)
+        for cell in cells:
+            result = outcomes[cell.folder].result
+            if result is not None:
+                valid_mrr[cell.recipe, cell.method, int(cell.folder.name.removeprefix("trial"))] = result["valid_mrr"]
+        return cells
+
+    cells = run(None)
+    best = choose(plan.recipes, plan.methods, valid_mrr)
+    if best:
+        run(best)
+    chosen = choose(plan.recipes, plan.methods, valid_mrr, best)
     write_tuned(chosen, path)
     rows = [[recipe, method, str(settings)] for recipe, found in chosen.items() for method, settings in found.items()]
     show_rows("Chosen on validation", ["data", "method", "settings"], rows, console)
     console.print(f"Written: {shown_path(path)}; use it with --tuned {shown_path(path)}", soft_wrap=True, markup=False)
     if cells[0].config.report.html:
         finish_with_report(plan.output)
-    return len(valid_mrr) == len(cells)
+    return all(method.name in chosen.get(recipe.name, {}) for recipe in plan.recipes for method in plan.methods)
 
 
 def _run_all(
@@ -268,7 +277,7 @@ def _version(folders: Iterable[Path]) -> str:
 
 
 def _show_lists() -> None:
-    from fedsim.benchmark.methods import GROUPS, METHODS, RATES
+    from fedsim.benchmark.methods import GROUPS, METHODS, OTHERS
     from fedsim.benchmark.recipes import bundled_recipes
 
     console = make_console()
@@ -282,5 +291,5 @@ def _show_lists() -> None:
         split = (
             r.settings.get("data.split_file") or f"{r.settings['data.split']}, {r.settings['data.num_clients']} clients"
         )
-        rows.append([r.name, str(split), title, f"{len(r.tuning.trials) + len(RATES)} x {r.tuning.num_rounds} rounds"])
+        rows.append([r.name, str(split), title, f"{len(r.tuning.trials) + len(OTHERS)} x {r.tuning.num_rounds} rounds"])
     show_rows("Recipes (--data)", ["recipe", "split", "data", "tuning per method"], rows, console)

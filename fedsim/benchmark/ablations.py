@@ -2,8 +2,8 @@
 
 *Levels*: nothing is distilled (`none`), answers to queries alone (`logits`: eq. 9 and the soft queries), tokens alone
 (`features`: eq. 10 and the prototypes), or both. *Direction*: both ways, or `oneway`: the private model learns from the
-global copy, and nothing flows back but the mean of the models. A variant runs with the values that were tuned for the
-method that it is a variant of.
+global copy and teaches nobody; the server gets the trained copies, and with features their tokens, of which it makes
+prototypes. A variant runs with the values that were tuned for the method that it is a variant of.
 """
 
 from collections.abc import Iterator, Mapping

@@ -27,8 +27,8 @@ GROUPS = {
     "steps": "MMFeD3-HidE with other numbers of diffusion and sampling steps",
 }
 
-# What tuning tries of a method besides the recipe's trials: two values of what is its own, or of the learning rate.
-RATES = ({"training.learning_rate": 0.005}, {"training.learning_rate": 0.02})
+# What tuning tries of a method with the best of the recipe's trials: two values of what is its own, or these.
+OTHERS = ({"model.dropout": 0.4}, {"model.dropout": 0.7})
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Method:
         fixed_rate: the settings say what is hidden, so one run serves all missing rates.
         ranked: whether it may be the best; a ceiling that sees what others do not may not.
         variant_of: the method whose tuned values it runs with; empty if it has its own.
-        trials: settings that tuning tries of this method besides the recipe's; as many for every method.
+        trials: what tuning tries of this method with the best of the recipe's trials; as many for every method.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Method:
     fixed_rate: bool = False
     ranked: bool = True
     variant_of: str = ""
-    trials: tuple[Mapping[str, Any], ...] = RATES
+    trials: tuple[Mapping[str, Any], ...] = OTHERS
 
 
 def _settings(strategy: str, imputer: str, fusion: str) -> dict[str, Any]:

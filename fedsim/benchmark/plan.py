@@ -8,7 +8,7 @@ from typing import Any
 
 from fedsim.benchmark.methods import Method
 from fedsim.benchmark.recipes import Recipe, find_data
-from fedsim.benchmark.tuned import Tuned, trials_of
+from fedsim.benchmark.tuned import Chosen, Tuned, trials_of
 from fedsim.config import Config, make_config
 from fedsim.errors import ConfigError
 from fedsim.federated import STRATEGIES
@@ -132,15 +132,19 @@ class Plan:
         chosen = self.tuned.settings(recipe, method.variant_of or method.name)
         return chosen is not None and not changes_task(self.changes)
 
-    def trials(self) -> list[Cell]:
-        """Make the cells of a tuning: each method with the trials of its recipe's budget and its own."""
+    def trials(self, best: Chosen | None = None) -> list[Cell]:
+        """Make the cells of a tuning: each method with the trials of its recipe's budget.
+
+        Args:
+            best: what these chose; then the cells are those of the methods' own trials, with it.
+        """
         found = []
         for recipe in self.recipes:
             budget = recipe.tuning
             missing = parse_missing(budget.missing)
             fixed = {"seed": budget.seed, "federation.num_rounds": budget.num_rounds}
             for method in self.methods:
-                for number, trial in enumerate(trials_of(recipe, method)):
+                for number, trial in trials_of(recipe, method, best):
                     folder = self.folder(recipe, missing, method, 0).with_name(f"trial{number}")
                     found.append(self._cell(recipe, missing, method, folder, trial, fixed))
         return found
@@ -192,7 +196,7 @@ def check_trials(recipes: Iterable[Recipe], methods: Sequence[Method], changes: 
     for recipe in recipes:
         for method in methods:
             for path in changes:
-                if any(path in trial for trial in trials_of(recipe, method)):
+                if any(path in trial for trial in (*recipe.tuning.trials, *method.trials)):
                     raise ConfigError(
                         f"--{path} is what the trials of {method.name} on {recipe.name} vary; leave it out"
                     )

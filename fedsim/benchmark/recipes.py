@@ -35,11 +35,12 @@ class TuningBudget(_Part):
     seed: Annotated[int, Field(ge=0)] = Field(100, description="seed of the trials, none of the benchmark's own")
     trials: list[dict[str, Any]] = Field(
         [
-            {"training.learning_rate": 0.01, "model.dropout": 0.4},
             {"training.learning_rate": 0.01, "model.dropout": 0.6},
+            {"training.learning_rate": 0.02, "model.dropout": 0.6},
+            {"training.learning_rate": 0.04, "model.dropout": 0.6},
         ],
         min_length=1,
-        description="the settings that are tried",
+        description="the settings that are tried; a method's own two are tried with the best of them",
     )
 
 

@@ -17,9 +17,11 @@ from fedsim.errors import ConfigError
 from fedsim.parsing import parse_yaml
 
 BUNDLED = Path(__file__).parent / "tuned.yaml"
+Chosen = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Recipe -> method -> settings."""
 HEADER = """\
-# Settings chosen on validation: recipe -> method -> settings. Every method had the trials that its recipe states and
-# two of its own, each run once with the recipe's tuning seed. Made by `fedsim benchmark --tune`.
+# Settings chosen on validation: recipe -> method -> settings. Every method had the trials that its recipe states, then
+# two of its own with the best of them, each run once with the recipe's tuning seed. Made by `fedsim benchmark --tune`.
 """
 
 
@@ -27,7 +29,7 @@ HEADER = """\
 class Tuned:
     """What was chosen; `values` as in the file."""
 
-    values: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    values: Chosen
 
     def settings(self, recipe: Recipe, method: str) -> Mapping[str, Any] | None:
         """Return a method's settings for a recipe, or for its family; None if it was not tuned."""
@@ -74,14 +76,28 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"tuned values {path}: there is no folder {path.absolute().parent}; make it first")
 
 
-def trials_of(recipe: Recipe, method: Method) -> list[Mapping[str, Any]]:
-    """Return what tuning tries: the recipe's trials, then the method's own."""
-    return [*recipe.tuning.trials, *method.trials]
+def trials_of(recipe: Recipe, method: Method, best: Chosen | None = None) -> list[tuple[int, Mapping[str, Any]]]:
+    """Return what tuning tries, with its number: the recipe's trials, then the method's own.
+
+    Args:
+        recipe: the data, with its budget.
+        method: what is tuned.
+        best: what the recipe's trials chose; then the method's own trials with it, none if nothing was chosen.
+    """
+    shared = recipe.tuning.trials
+    if best is None:
+        return list(enumerate(shared))
+    chosen = best.get(recipe.name, {}).get(method.name)
+    own = [] if chosen is None else [{**chosen, **trial} for trial in method.trials]
+    return list(enumerate(own, len(shared)))
 
 
 def choose(
-    recipes: Sequence[Recipe], methods: Sequence[Method], valid_mrr: Mapping[tuple[str, str, int], float]
-) -> dict[str, dict[str, dict[str, Any]]]:
+    recipes: Sequence[Recipe],
+    methods: Sequence[Method],
+    valid_mrr: Mapping[tuple[str, str, int], float],
+    best: Chosen | None = None,
+) -> Chosen:
     """Take each method's trial with the best validation MRR, the first of equals.
 
     Args:
@@ -89,19 +105,24 @@ def choose(
         methods: those that were tuned.
         valid_mrr: (recipe, method, number of the trial) -> validation MRR; a method of which a trial is missing has
             not had its budget, so nothing is chosen for it.
+        best: what the recipes' trials alone chose, if the methods' own are to be counted too.
     """
-    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    chosen: dict[str, dict[str, Mapping[str, Any]]] = {}
     for recipe in recipes:
         for method in methods:
-            trials = trials_of(recipe, method)
-            keys = [(recipe.name, method.name, number) for number in range(len(trials))]
-            if all(key in valid_mrr for key in keys):
-                best = max(range(len(trials)), key=lambda number: valid_mrr[keys[number]])
-                chosen.setdefault(recipe.name, {})[method.name] = dict(trials[best])
+            trials = dict(trials_of(recipe, method))
+            if best is not None:
+                own = dict(trials_of(recipe, method, best))
+                trials = trials | own if own else {}
+            found = {number: valid_mrr.get((recipe.name, method.name, number)) for number in trials}
+            ended = {number: mrr for number, mrr in found.items() if mrr is not None}
+            if trials and len(ended) == len(trials):
+                number = max(ended, key=lambda each: ended[each])
+                chosen.setdefault(recipe.name, {})[method.name] = dict(trials[number])
     return chosen
 
 
-def write_tuned(chosen: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+def write_tuned(chosen: Chosen, path: Path) -> None:
     """Write tuned values, beside those that the file already holds of other recipes and methods."""
     known = {name: dict(methods) for name, methods in read_tuned(path).values.items()} if path.is_file() else {}
     for recipe, methods in chosen.items():

@@ -220,11 +220,16 @@ def _trials(manifest: Mapping[str, Any], folder: Path, base: Path) -> Section:
         recipe, missing, method, trial = run.relative_to(folder).parts
         outcome = _outcome(run)
         shared = manifest["recipes"].get(recipe, {}).get("tuning", {}).get("trials", [])
-        settings = [*shared, *manifest.get("own_trials", {}).get(method, [])]
+        settings = [_told(trial) for trial in shared]
+        settings += [f"the best of these, {_told(trial)}" for trial in manifest.get("own_trials", {}).get(method, [])]
         number = trial.removeprefix("trial")
-        chosen = settings[int(number)] if number.isdigit() and int(number) < len(settings) else {}
+        chosen = settings[int(number)] if number.isdigit() and int(number) < len(settings) else ""
         mrr = "–" if outcome.result is None else f"{outcome.result['valid_mrr']:.4f}"
-        texts = [method, recipe, missing, ", ".join(f"{path} = {value}" for path, value in chosen.items()), mrr]
+        texts = [method, recipe, missing, chosen, mrr]
         rows.append((*map(Cell, texts), link(run, base)))
     header = ("method", "data", "missing", "settings", "valid MRR", "run folder")
     return Section("trials", "Trials", "", (Table("trials", "Finished trials", header, tuple(rows)),))
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path} = {value}" for path, value in settings.items())

@@ -105,7 +105,7 @@ def plan(tmp_path: Path) -> Plan:
     methods = [METHODS[name] for name in NAMES]
     rates = {"tiny": [parse_missing("0.5"), parse_missing("client")]}
     tuned = Tuned({"tiny": {name: {} for name in NAMES if name != "mmfede-mean"}})
-    return Plan(tmp_path / "out_1", [RECIPE], methods, rates, 2, tuned, {"model.dim": 8})
+    return Plan(tmp_path / "out_1", [RECIPE], methods, rates, 2, tuned, {"evaluation.every": 2})
 
 
 def _outcome_of(folder: Path) -> Outcome:
@@ -132,7 +132,7 @@ def test_markdown_has_all_cells_the_best_in_bold_and_what_is_missing(plan: Plan)
     for part in [
         "† not tuned",
         "‡ sees what is hidden",
-        "Changed for all: model.dim = 8.",
+        "Changed for all: evaluation.every = 2.",
         "Missing: tiny/0.5/mmfede-mean/seed1: client 1 failed in round 2",
         "run once: central",
         "(runs.md)",

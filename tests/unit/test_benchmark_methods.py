@@ -139,7 +139,9 @@ def test_bundled_tuned_values_are_trials_of_the_budget() -> None:
     assert {"wn_noto", "cn_visual"} <= set(tuned.values)
     for name, methods in tuned.values.items():
         for method, settings in methods.items():
-            assert settings in trials_of(recipes[name], METHODS[method]), f"{name}, {method}"
+            shared = recipes[name].tuning.trials
+            own = [{**trial, **change} for trial in shared for change in METHODS[method].trials]
+            assert settings in [*shared, *own], f"{name}, {method}"
 
 
 def test_every_method_has_as_many_trials_and_its_own_change_it() -> None:
@@ -164,15 +166,33 @@ def test_tuned_values_stand_under_the_recipe_or_its_family() -> None:
 def test_the_trial_with_the_best_validation_mrr_is_chosen_if_all_ended() -> None:
     recipe = bundled_recipes()["wn_noto"]
     assert recipe.tuning.trials == TuningBudget().trials
-    found = {"local": (0.2, 0.3, 0.1, 0.1), "fede": (0.9,), "central": (0.4, 0.4, 0.3, 0.4)}
-    found["fedprox-zero"] = (0.1, 0.1, 0.1, 0.2)
-    valid = {("wn_noto", name, number): mrr for name, values in found.items() for number, mrr in enumerate(values)}
-    chosen = choose([recipe], [METHODS[name] for name in found], valid)
-    assert chosen == {
+    methods = [METHODS[name] for name in ("local", "fede", "central", "fedprox-zero", "mmfede-imf")]
+    first = {"local": (0.2, 0.3, 0.1), "fede": (0.9,), "central": (0.4, 0.4, 0.3), "fedprox-zero": (0.1, 0.1, 0.2)}
+    first["mmfede-imf"] = (0.1, 0.2, 0.3)
+    valid = {("wn_noto", name, number): mrr for name, values in first.items() for number, mrr in enumerate(values)}
+    shared = recipe.tuning.trials
+    best = choose([recipe], methods, valid)
+    assert best == {
         "wn_noto": {
-            "local": recipe.tuning.trials[1],
-            "central": recipe.tuning.trials[0],
-            "fedprox-zero": {"federation.proximal_mu": 0.0001},
+            "local": shared[1],
+            "central": shared[0],
+            "fedprox-zero": shared[2],
+            "mmfede-imf": shared[2],
+        }
+    }
+    assert trials_of(recipe, METHODS["fedprox-zero"], best) == [
+        (3, {**shared[2], "federation.proximal_mu": 0.001}),
+        (4, {**shared[2], "federation.proximal_mu": 0.0001}),
+    ]
+    assert trials_of(recipe, METHODS["fede"], best) == []
+    own = {"local": (0.3, 0.3), "central": (0.1, 0.5), "fedprox-zero": (0.1, 0.21), "mmfede-imf": (0.5,)}
+    for name, values in own.items():
+        valid |= {("wn_noto", name, number): mrr for number, mrr in enumerate(values, 3)}
+    assert choose([recipe], methods, valid, best) == {
+        "wn_noto": {
+            "local": shared[1],
+            "central": {**shared[0], "model.dropout": 0.7},
+            "fedprox-zero": {**shared[2], "federation.proximal_mu": 0.0001},
         }
     }
 

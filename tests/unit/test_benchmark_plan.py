@@ -89,12 +89,16 @@ def test_settings_of_sampled_negatives_come_with_that_loss_alone(plan: Plan) -> 
 
 
 def test_a_tuning_has_the_same_trials_for_every_method(plan: Plan) -> None:
-    cells = plan.trials()
+    shared = plan.trials()
+    best = {"tiny-3": {"local": {"training.learning_rate": 0.04}, "mmfede-mean": {"training.learning_rate": 0.02}}}
+    cells = shared + plan.trials(best)
+    places = ("any/local", "0.5/mmfede-mean")
     assert [cell.folder.relative_to(plan.output).as_posix() for cell in cells] == [
-        f"tiny-3/{method}/trial{number}" for method in ("any/local", "0.5/mmfede-mean") for number in range(4)
+        *(f"tiny-3/{place}/trial{number}" for place in places for number in (0, 1, 2)),
+        *(f"tiny-3/{place}/trial{number}" for place in places for number in (3, 4)),
     ]
-    assert [cell.config.model.dropout for cell in cells] == [0.4, 0.6, 0.1, 0.1] * 2
-    assert [cell.config.training.learning_rate for cell in cells] == [0.01, 0.01, 0.005, 0.02] * 2
+    assert [cell.config.training.learning_rate for cell in cells] == [0.01, 0.02, 0.04] * 2 + [0.04] * 2 + [0.02] * 2
+    assert [cell.config.model.dropout for cell in cells] == [0.6] * 6 + [0.4, 0.7] * 2
     assert {(cell.config.seed, cell.config.federation.num_rounds) for cell in cells} == {(100, 6)}
 
 
