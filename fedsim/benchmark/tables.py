@@ -143,7 +143,9 @@ def as_markdown(grids: Sequence[Grid], lines: Sequence[str], runs: str) -> str:
 
 
 def as_latex(grids: Sequence[Grid], lines: Sequence[str]) -> str:
-    """Write the tables as LaTeX with booktabs."""
+    """Write the tables as LaTeX with booktabs, the notes below each."""
+    below = ["\\par\\smallskip", "\\begin{minipage}{\\linewidth}\\footnotesize"]
+    below += [*(f"{escape_latex(line)}\\par" for line in lines), "\\end{minipage}"]
     parts = ["% needs \\usepackage{booktabs}"]
     for grid in grids:
         width = sum(len(block.headers) for block in grid.blocks)
@@ -163,8 +165,8 @@ def as_latex(grids: Sequence[Grid], lines: Sequence[str]) -> str:
             cells = [cell for block in grid.blocks for cell in block.rows[row]]
             texts = [f"\\textbf{{{escape_latex(c.text)}}}" if c.bold else escape_latex(c.text) for c in cells]
             parts.append(f"{escape_latex(name)} & {' & '.join(texts)} & {escape_latex(grid.seconds[row])} \\\\")
-        parts += ["\\bottomrule", "\\end{tabular}", "\\end{table}"]
-    return "\n".join(parts) + "\n" + "\n".join(f"% {line}" for line in lines) + "\n"
+        parts += ["\\bottomrule", "\\end{tabular}", *below, "\\end{table}"]
+    return "\n".join(parts) + "\n"
 
 
 def escape_latex(text: str) -> str:

@@ -146,6 +146,7 @@ def test_latex_is_escaped_and_balanced(plan: Plan) -> None:
     text = as_latex([make_grid(table, 2) for table in tables], notes(tables, plan, []))
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert "\\textbf{0.3015 $\\pm$ 0.0021}" in text
+    assert "$\\dagger$ not tuned on this data" in text
     assert "<" not in "".join(body).replace("$<$", "")
     assert text.count("\\begin{") == text.count("\\end{")
     columns = [line.count(" & ") for line in body if line.endswith("\\\\") and "multicolumn" not in line]
