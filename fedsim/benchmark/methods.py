@@ -28,7 +28,7 @@ GROUPS = {
 }
 
 # What tuning tries of a method with the best of the recipe's trials: two values of what is its own, or these.
-OTHERS = ({"model.dropout": 0.4}, {"model.dropout": 0.7})
+OTHERS = ({"model.dropout": 0.8}, {"training.learning_rate": 0.08})
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class TuningBudget(_Part):
             {"training.learning_rate": 0.01, "model.dropout": 0.6},
             {"training.learning_rate": 0.02, "model.dropout": 0.6},
             {"training.learning_rate": 0.04, "model.dropout": 0.6},
+            {"training.learning_rate": 0.02, "model.dropout": 0.7},
+            {"training.learning_rate": 0.04, "model.dropout": 0.7},
         ],
         min_length=1,
         description="the settings that are tried; a method's own two are tried with the best of them",

@@ -169,7 +169,8 @@ def test_the_trial_with_the_best_validation_mrr_is_chosen_if_all_ended() -> None
     methods = [METHODS[name] for name in ("local", "fede", "central", "fedprox-zero", "mmfede-imf")]
     first = {"local": (0.2, 0.3, 0.1), "fede": (0.9,), "central": (0.4, 0.4, 0.3), "fedprox-zero": (0.1, 0.1, 0.2)}
     first["mmfede-imf"] = (0.1, 0.2, 0.3)
-    valid = {("wn_noto", name, number): mrr for name, values in first.items() for number, mrr in enumerate(values)}
+    values = {name: found if name == "fede" else (*found, 0.0, 0.0) for name, found in first.items()}
+    valid = {("wn_noto", name, number): mrr for name, found in values.items() for number, mrr in enumerate(found)}
     shared = recipe.tuning.trials
     best = choose([recipe], methods, valid)
     assert best == {
@@ -181,17 +182,16 @@ def test_the_trial_with_the_best_validation_mrr_is_chosen_if_all_ended() -> None
         }
     }
     assert trials_of(recipe, METHODS["fedprox-zero"], best) == [
-        (3, {**shared[2], "federation.proximal_mu": 0.001}),
-        (4, {**shared[2], "federation.proximal_mu": 0.0001}),
+        (5, {**shared[2], "federation.proximal_mu": 0.001}),
+        (6, {**shared[2], "federation.proximal_mu": 0.0001}),
     ]
     assert trials_of(recipe, METHODS["fede"], best) == []
     own = {"local": (0.3, 0.3), "central": (0.1, 0.5), "fedprox-zero": (0.1, 0.21), "mmfede-imf": (0.5,)}
-    for name, values in own.items():
-        valid |= {("wn_noto", name, number): mrr for number, mrr in enumerate(values, 3)}
+    valid |= {("wn_noto", name, number): mrr for name, found in own.items() for number, mrr in enumerate(found, 5)}
     assert choose([recipe], methods, valid, best) == {
         "wn_noto": {
             "local": shared[1],
-            "central": {**shared[0], "model.dropout": 0.7},
+            "central": {**shared[0], "training.learning_rate": 0.08},
             "fedprox-zero": {**shared[2], "federation.proximal_mu": 0.0001},
         }
     }
