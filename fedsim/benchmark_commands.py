@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # keeps torch out of `fedsim --help`
 
     from fedsim.benchmark.execution import Executor, Outcome, Outcomes
     from fedsim.benchmark.plan import Cell, Plan
-    from fedsim.benchmark.tuned import Chosen
+    from fedsim.benchmark.recipes import TuningBudget
+    from fedsim.benchmark.tuned import Chosen, TrialKey
 
 RayRunner = Callable[..., "Outcomes"]
 """`actors.benchmark.run_on_ray`."""
@@ -192,10 +193,10 @@ def _benchmark(plan: Plan, execute: Executor, tuned: Path | None, console: Conso
 
 def _tune(plan: Plan, execute: Executor, tuned: Path | None, console: Console) -> bool:
     """Run the trials of the budget and write what they chose; returns whether all of them ended well."""
-    from fedsim.benchmark.tuned import choose, write_tuned
+    from fedsim.benchmark.tuned import choose, trial_number, write_tuned
 
     path = tuned or plan.output / "tuned.yaml"
-    valid_mrr: dict[tuple[str, str, int], float] = {}
+    found: dict[TrialKey, list[float]] = {}
 
     def run(best: Chosen | None) -> list[Cell]:
         cells = plan.trials(best)
@@ -203,14 +204,15 @@ def _tune(plan: Plan, execute: Executor, tuned: Path | None, console: Console) -
         for cell in cells:
             result = outcomes[cell.folder].result
             if result is not None:
-                valid_mrr[cell.recipe, cell.method, int(cell.folder.name.removeprefix("trial"))] = result["valid_mrr"]
+                key = cell.recipe, cell.method, trial_number(cell.folder.name)
+                found.setdefault(key, []).append(result["valid_mrr"])
         return cells
 
     cells = run(None)
-    best = choose(plan.recipes, plan.methods, valid_mrr)
+    best = choose(plan.recipes, plan.methods, found)
     if best:
         run(best)
-    chosen = choose(plan.recipes, plan.methods, valid_mrr, best)
+    chosen = choose(plan.recipes, plan.methods, found, best)
     write_tuned(chosen, path)
     rows = [[recipe, method, str(settings)] for recipe, found in chosen.items() for method, settings in found.items()]
     show_rows("Chosen on validation", ["data", "method", "settings"], rows, console)
@@ -276,8 +278,16 @@ def _version(folders: Iterable[Path]) -> str:
     return f"{version('fedsim')}{f', commit {found[0]}' if found else ''}"
 
 
+def _budget_told(budget: TuningBudget) -> str:
+    from fedsim.benchmark.methods import OTHERS
+
+    num_seeds = len(budget.seeds)
+    seeds = f", {num_seeds} seeds" if num_seeds > 1 else ""
+    return f"{len(budget.trials) + len(OTHERS)} x {budget.num_rounds} rounds{seeds}"
+
+
 def _show_lists() -> None:
-    from fedsim.benchmark.methods import GROUPS, METHODS, OTHERS
+    from fedsim.benchmark.methods import GROUPS, METHODS
     from fedsim.benchmark.recipes import bundled_recipes
 
     console = make_console()
@@ -291,5 +301,5 @@ def _show_lists() -> None:
         split = (
             r.settings.get("data.split_file") or f"{r.settings['data.split']}, {r.settings['data.num_clients']} clients"
         )
-        rows.append([r.name, str(split), title, f"{len(r.tuning.trials) + len(OTHERS)} x {r.tuning.num_rounds} rounds"])
+        rows.append([r.name, str(split), title, _budget_told(r.tuning)])
     show_rows("Recipes (--data)", ["recipe", "split", "data", "tuning per method"], rows, console)

@@ -161,6 +161,7 @@ class _Sweep(TypedDict):
 
 class _Tuning(TypedDict):
     trials: list[dict[str, Any]]
+    seeds: NotRequired[list[Count]]
 
 
 class _Recipe(TypedDict):

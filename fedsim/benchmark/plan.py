@@ -1,5 +1,6 @@
 """The plan: which cells a benchmark has, with the resolved config and the run folder of each."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,10 +143,10 @@ class Plan:
         for recipe in self.recipes:
             budget = recipe.tuning
             missing = parse_missing(budget.missing)
-            fixed = {"seed": budget.seed, "federation.num_rounds": budget.num_rounds}
-            for method in self.methods:
+            for method, seed in itertools.product(self.methods, budget.seeds):
+                fixed = {"seed": seed, "federation.num_rounds": budget.num_rounds}
                 for number, trial in trials_of(recipe, method, best):
-                    folder = self.folder(recipe, missing, method, 0).with_name(f"trial{number}")
+                    folder = self.folder(recipe, missing, method, 0).with_name(f"trial{number}-seed{seed}")
                     found.append(self._cell(recipe, missing, method, folder, trial, fixed))
         return found
 

@@ -32,7 +32,9 @@ class TuningBudget(_Part):
 
     missing: str = Field("0.5", description="missing rate of the trials")
     num_rounds: Annotated[int, Field(ge=1)] = Field(6, description="rounds of a trial")
-    seed: Annotated[int, Field(ge=0)] = Field(100, description="seed of the trials, none of the benchmark's own")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [100], min_length=1, description="seeds of each trial, whose mean counts; none of the benchmark's own"
+    )
     trials: list[dict[str, Any]] = Field(
         [
             {"training.learning_rate": 0.01, "model.dropout": 0.6},

@@ -6,6 +6,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -19,9 +20,11 @@ from fedsim.parsing import parse_yaml
 BUNDLED = Path(__file__).parent / "tuned.yaml"
 Chosen = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Recipe -> method -> settings."""
+TrialKey = tuple[str, str, int]
+"""Recipe, method and number of a trial."""
 HEADER = """\
 # Settings chosen on validation: recipe -> method -> settings. Every method had the trials that its recipe states, then
-# two of its own with the best of them, each run once with the recipe's tuning seed. Made by `fedsim benchmark --tune`.
+# two of its own with the best of them, each with the recipe's tuning seeds. Made by `fedsim benchmark --tune`.
 """
 
 
@@ -92,19 +95,24 @@ def trials_of(recipe: Recipe, method: Method, best: Chosen | None = None) -> lis
     return list(enumerate(own, len(shared)))
 
 
+def trial_number(folder: str) -> int:
+    """Read the number of a trial off the name of its folder, trialNUMBER-seedSEED; ValueError if it is another."""
+    return int(folder.removeprefix("trial").partition("-")[0])
+
+
 def choose(
     recipes: Sequence[Recipe],
     methods: Sequence[Method],
-    valid_mrr: Mapping[tuple[str, str, int], float],
+    valid_mrr: Mapping[TrialKey, Sequence[float]],
     best: Chosen | None = None,
 ) -> Chosen:
-    """Take each method's trial with the best validation MRR, the first of equals.
+    """Take each method's trial with the best mean validation MRR, the first of equals.
 
     Args:
         recipes: the data.
         methods: those that were tuned.
-        valid_mrr: (recipe, method, number of the trial) -> validation MRR; a method of which a trial is missing has
-            not had its budget, so nothing is chosen for it.
+        valid_mrr: validation MRR of each trial's seeds; a method of which a run is missing has not had its budget, so
+            nothing is chosen for it.
         best: what the recipes' trials alone chose, if the methods' own are to be counted too.
     """
     chosen: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -114,10 +122,9 @@ def choose(
             if best is not None:
                 own = dict(trials_of(recipe, method, best))
                 trials = trials | own if own else {}
-            found = {number: valid_mrr.get((recipe.name, method.name, number)) for number in trials}
-            ended = {number: mrr for number, mrr in found.items() if mrr is not None}
-            if trials and len(ended) == len(trials):
-                number = max(ended, key=lambda each: ended[each])
+            found = {number: valid_mrr.get((recipe.name, method.name, number), ()) for number in trials}
+            if trials and all(len(values) == len(recipe.tuning.seeds) for values in found.values()):
+                number = max(found, key=lambda each: fmean(found[each]))
                 chosen.setdefault(recipe.name, {})[method.name] = dict(trials[number])
     return chosen
 

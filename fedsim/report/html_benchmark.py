@@ -207,9 +207,12 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def _num_trials(manifest: Mapping[str, Any]) -> int:
-    shared = sum(len(content["tuning"]["trials"]) for content in manifest["recipes"].values())
-    own = sum(map(len, manifest.get("own_trials", {}).values()))
-    return shared * len(manifest["methods"]) + own * len(manifest["recipes"])
+    num_own = sum(map(len, manifest.get("own_trials", {}).values()))
+    return sum(
+        (len(content["tuning"]["trials"]) * len(manifest["methods"]) + num_own)
+        * len(content["tuning"].get("seeds", [0]))
+        for content in manifest["recipes"].values()
+    )
 
 
 def _trials(manifest: Mapping[str, Any], folder: Path, base: Path) -> Section:
@@ -222,12 +225,12 @@ def _trials(manifest: Mapping[str, Any], folder: Path, base: Path) -> Section:
         shared = manifest["recipes"].get(recipe, {}).get("tuning", {}).get("trials", [])
         settings = [_told(trial) for trial in shared]
         settings += [f"the best of these, {_told(trial)}" for trial in manifest.get("own_trials", {}).get(method, [])]
-        number = trial.removeprefix("trial")
+        number, _, seed = trial.removeprefix("trial").partition("-seed")
         chosen = settings[int(number)] if number.isdigit() and int(number) < len(settings) else ""
         mrr = "–" if outcome.result is None else f"{outcome.result['valid_mrr']:.4f}"
-        texts = [method, recipe, missing, chosen, mrr]
+        texts = [method, recipe, missing, chosen, seed, mrr]
         rows.append((*map(Cell, texts), link(run, base)))
-    header = ("method", "data", "missing", "settings", "valid MRR", "run folder")
+    header = ("method", "data", "missing", "settings", "seed", "valid MRR", "run folder")
     return Section("trials", "Trials", "", (Table("trials", "Finished trials", header, tuple(rows)),))
 
 

@@ -191,7 +191,7 @@ def test_tuning_tries_the_same_on_every_method_and_its_file_is_used(
     for name, settings in chosen.items():
         valid = []
         for trial in range(4):
-            (result,) = Path("tuning").glob(f"tiny/*/{name}/trial{trial}/result.json")
+            (result,) = Path("tuning").glob(f"tiny/*/{name}/trial{trial}-seed100/result.json")
             valid.append(json.loads(result.read_text())["valid_mrr"])
         shared = [{"model.dropout": 0.1}, {"model.dropout": 0.2}]
         best = shared[valid[1] > valid[0]]

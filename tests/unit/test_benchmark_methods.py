@@ -1,5 +1,6 @@
 """The methods and recipes of the benchmark: names, groups, configs that load, advice on unknown names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def test_the_trial_with_the_best_validation_mrr_is_chosen_if_all_ended() -> None
     first = {"local": (0.2, 0.3, 0.1), "fede": (0.9,), "central": (0.4, 0.4, 0.3), "fedprox-zero": (0.1, 0.1, 0.2)}
     first["mmfede-imf"] = (0.1, 0.2, 0.3)
     values = {name: found if name == "fede" else (*found, 0.0, 0.0) for name, found in first.items()}
-    valid = {("wn_noto", name, number): mrr for name, found in values.items() for number, mrr in enumerate(found)}
+    valid = {("wn_noto", name, number): [mrr] for name, found in values.items() for number, mrr in enumerate(found)}
     shared = recipe.tuning.trials
     best = choose([recipe], methods, valid)
     assert best == {
@@ -187,7 +188,7 @@ def test_the_trial_with_the_best_validation_mrr_is_chosen_if_all_ended() -> None
     ]
     assert trials_of(recipe, METHODS["fede"], best) == []
     own = {"local": (0.3, 0.3), "central": (0.1, 0.5), "fedprox-zero": (0.1, 0.21), "mmfede-imf": (0.5,)}
-    valid |= {("wn_noto", name, number): mrr for name, found in own.items() for number, mrr in enumerate(found, 5)}
+    valid |= {("wn_noto", name, number): [mrr] for name, found in own.items() for number, mrr in enumerate(found, 5)}
     assert choose([recipe], methods, valid, best) == {
         "wn_noto": {
             "local": shared[1],
@@ -223,3 +224,13 @@ def test_broken_tuned_values_name_what_is_wrong(text: str, part: str, tmp_path: 
     with pytest.raises(ConfigError, match="tuned values") as caught:
         read_tuned(tmp_path / "tuned.yaml")
     assert part in str(caught.value)
+
+
+def test_the_mean_over_the_tuning_seeds_counts() -> None:
+    """Trial 1 has the best single run, trial 0 the best mean; with a seed missing nothing is chosen."""
+    wn_noto = bundled_recipes()["wn_noto"]
+    recipe = replace(wn_noto, tuning=TuningBudget(seeds=[100, 101], trials=wn_noto.tuning.trials[:2]))
+    valid = {("wn_noto", "local", 0): [0.3, 0.3], ("wn_noto", "local", 1): [0.4, 0.1]}
+    assert choose([recipe], [METHODS["local"]], valid) == {"wn_noto": {"local": recipe.tuning.trials[0]}}
+    valid["wn_noto", "local", 1] = [0.4]
+    assert choose([recipe], [METHODS["local"]], valid) == {}

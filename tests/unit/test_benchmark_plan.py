@@ -94,8 +94,8 @@ def test_a_tuning_has_the_same_trials_for_every_method(plan: Plan) -> None:
     cells = shared + plan.trials(best)
     places = ("any/local", "0.5/mmfede-mean")
     assert [cell.folder.relative_to(plan.output).as_posix() for cell in cells] == [
-        *(f"tiny-3/{place}/trial{number}" for place in places for number in range(5)),
-        *(f"tiny-3/{place}/trial{number}" for place in places for number in (5, 6)),
+        *(f"tiny-3/{place}/trial{number}-seed100" for place in places for number in range(5)),
+        *(f"tiny-3/{place}/trial{number}-seed100" for place in places for number in (5, 6)),
     ]
     rates = [cell.config.training.learning_rate for cell in cells]
     assert rates == [0.01, 0.02, 0.04, 0.02, 0.04] * 2 + [0.04, 0.08, 0.02, 0.08]
