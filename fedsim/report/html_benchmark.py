@@ -50,7 +50,7 @@ def benchmark_page(folder: Path, target: Path) -> Page:
         "Data": ", ".join(manifest["recipes"]),
         "Methods": str(len(manifest["methods"])),
         "Runs": f"{done} of {expected}",
-        "Seeds": str(len(manifest["seeds"]) or 1),
+        "Seeds": str(len(manifest["seeds"]) or max(map(_num_tuning_seeds, manifest["recipes"].values()), default=1)),
         "Changed for all": ", ".join(f"{path} = {value}" for path, value in manifest["changes"].items()) or "nothing",
         "fedsim": str(manifest["fedsim"]),
     }
@@ -209,10 +209,14 @@ def _finished(folder: Path) -> list[Path]:
 def _num_trials(manifest: Mapping[str, Any]) -> int:
     num_own = sum(map(len, manifest.get("own_trials", {}).values()))
     return sum(
-        (len(content["tuning"]["trials"]) * len(manifest["methods"]) + num_own)
-        * len(content["tuning"].get("seeds", [0]))
+        (len(content.get("tuning", {}).get("trials", ())) * len(manifest["methods"]) + num_own)
+        * _num_tuning_seeds(content)
         for content in manifest["recipes"].values()
     )
+
+
+def _num_tuning_seeds(recipe: Mapping[str, Any]) -> int:
+    return len(recipe.get("tuning", {}).get("seeds", ())) or 1
 
 
 def _trials(manifest: Mapping[str, Any], folder: Path, base: Path) -> Section:
