@@ -127,7 +127,7 @@ def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, opti
     if options["tune"] and options["rates"] is not None:
         raise click.UsageError("--tune takes the missing rate of the recipe's budget; leave --rates out")
     if options["tune"] and asked_for("seeds"):
-        raise click.UsageError("--tune takes the seed of the recipe's budget; leave --seeds out")
+        raise click.UsageError("--tune takes the seeds of the recipe's budget; leave --seeds out")
     if options["tune"] and options["tuned"] is not None:
         check_writable(options["tuned"])
     changes = current_overrides()
@@ -137,6 +137,7 @@ def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, opti
     recipes = select_recipes(list(options["data"]))
     chosen = select_methods(groups, methods)
     if options["tune"]:
+        chosen = [method for method in chosen if not method.variant_of]  # they run with what is tuned for another
         check_trials(recipes, chosen, changes)
     asked = None if options["rates"] is None else options["rates"].split(",")
     rates = {}

@@ -42,7 +42,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _shown(scores: dict[str, float]) -> dict[str, float]:
+    missing = [name for name in ("hits_at_1", "hits_at_10") if name not in scores]
+    if missing:
+        raise ValueError(f"scores need {missing[0]}")
+    return scores
+
+
 Scores = Annotated[dict[str, Finite], AfterValidator(_scores)]
+TestScores = Annotated[Scores, AfterValidator(_shown)]  # what tables of many runs show
 Params = dict[str, Annotated[Any, AfterValidator(_plain)]]
 
 
@@ -96,7 +104,7 @@ class _Costs(TypedDict):
 
 
 class _Result(_Costs):
-    test: Scores
+    test: TestScores
 
 
 class _FullResult(_Result):

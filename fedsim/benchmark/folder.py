@@ -13,6 +13,7 @@ from fedsim.benchmark.plan import Plan
 from fedsim.checkpoint import replace_text
 from fedsim.errors import RunError
 from fedsim.parsing import parse_json
+from fedsim.run_records import BENCHMARK, check_record
 
 FORMAT_VERSION = 1
 MANIFEST = "benchmark.json"
@@ -27,11 +28,11 @@ def manifest_of(plan: Plan, kind: str) -> dict[str, Any]:
         plan: the benchmark.
         kind: ``benchmark`` or ``tuning``.
     """
+    is_table = kind == "benchmark"
     recipes = {
-        recipe.name: {"settings": dict(recipe.settings), "tuning": recipe.tuning.model_dump()}
+        recipe.name: {"settings": dict(recipe.settings)} | ({} if is_table else {"tuning": recipe.tuning.model_dump()})
         for recipe in plan.recipes
     }
-    is_table = kind == "benchmark"
     methods = {method.name: {**method.settings, **method.sampled} for method in plan.methods}
     tuned = {
         f"{recipe.name} {method.name}": plan.tuned.settings(recipe, method.variant_of or method.name)
@@ -109,11 +110,10 @@ def locked(path: Path, busy: str, patience_seconds: float = 0.0) -> Iterator[Non
 def _read(path: Path) -> dict[str, Any]:
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict):
-            raise ValueError(f"a {type(manifest).__name__}, not an object")
     except (OSError, ValueError) as err:
         raise RunError(f"{path} cannot be read ({err}); give another --output") from err
-    return manifest
+    check_record(manifest, BENCHMARK, path)
+    return dict(manifest)
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> None:

@@ -34,7 +34,12 @@ DECIDED = frozenset(
 )
 
 # Sections that tuned values depend on, and fields of them that leave the task as it was.
-TUNED_FOR = frozenset({"data", "model", "diffusion", "imputer", "training", "federation", "distillation"})
+TUNED_FOR = frozenset(
+    {
+        *("data", "model", "diffusion", "imputer", "training", "federation", "distillation"),
+        *("participation", "communication", "privacy", "robustness", "adversary"),
+    }
+)
 SAME_TASK = frozenset({"data.path", "training.compile", "federation.num_rounds"})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedsim.benchmark.methods import check_name
 from fedsim.config import DataConfig, config_fields
@@ -46,6 +46,13 @@ class TuningBudget(_Part):
         min_length=1,
         description="the settings that are tried; a method's own two are tried with the best of them",
     )
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{seeds} has a seed twice")
+        return seeds
 
 
 class _RecipeFile(_Part):

@@ -230,7 +230,7 @@ def _trials(manifest: Mapping[str, Any], folder: Path, base: Path) -> Section:
         settings = [_told(trial) for trial in shared]
         settings += [f"the best of these, {_told(trial)}" for trial in manifest.get("own_trials", {}).get(method, [])]
         number, _, seed = trial.removeprefix("trial").partition("-seed")
-        chosen = settings[int(number)] if number.isdigit() and int(number) < len(settings) else ""
+        chosen = settings[int(number)] if number.isdecimal() and int(number) < len(settings) else ""
         mrr = "–" if outcome.result is None else f"{outcome.result['valid_mrr']:.4f}"
         texts = [method, recipe, missing, chosen, seed, mrr]
         rows.append((*map(Cell, texts), link(run, base)))

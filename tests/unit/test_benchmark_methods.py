@@ -111,6 +111,7 @@ def test_a_recipe_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
         ("title: x\nsettings: {}\nrecipes: {}\n", "recipes: "),
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntunning: {}\n", "tunning: "),
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntuning: {trials: []}\n", "tuning.trials: "),
+        ("title: x\nsettings: {}\nrecipes: {a: {}}\ntuning: {seeds: [3, 3]}\n", "tuning.seeds: "),
         ("", "the file: "),
         (
             "title: x\nsettings: {data: {path: y}}\nrecipes: {a: {}}\n",

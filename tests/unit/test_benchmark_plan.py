@@ -103,6 +103,14 @@ def test_a_tuning_has_the_same_trials_for_every_method(plan: Plan) -> None:
     assert {(cell.config.seed, cell.config.federation.num_rounds) for cell in cells} == {(100, 6)}
 
 
+@pytest.mark.parametrize("damage", ["[]", '{"kind": "benchmark", "recipes": null}', "{"])
+def test_a_damaged_manifest_is_told(plan: Plan, damage: str) -> None:
+    open_folder(plan, "benchmark")
+    (plan.output / "benchmark.json").write_text(damage)
+    with pytest.raises(RunError, match=r"benchmark\.json (is damaged|cannot be read)"):
+        open_folder(plan, "benchmark")
+
+
 def test_absent_data_say_what_to_import(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDSIM_DATA", raising=False)
     with pytest.raises(

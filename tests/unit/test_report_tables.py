@@ -27,11 +27,11 @@ def _benchmark(folder: Path, *, kind: str = "benchmark") -> Path:
         "format_version": 1,
         "kind": kind,
         "fedsim": "0.1.0",
-        "changes": {"model.dropout": 0.1},
+        "changes": {"evaluation.every": 2},
         "on_gpu": False,
         "recipes": {"tiny": recipe},
         "methods": {name: {} for name in METHODS},
-        "tuned": {"tiny mmfede-zero": {"training.learning_rate": 0.01}, "tiny mmfede-mean": {"model.dropout": 0.4}},
+        "tuned": {"tiny mmfede-zero": {"training.learning_rate": 0.01}, "tiny mmfede-mean": None},
         "rates": ["tiny 0.5", "tiny client-0.5"],
         "seeds": ["0", "1"],
     }
@@ -67,7 +67,7 @@ def test_a_benchmark_has_its_table_with_the_best_in_bold_and_its_bars(tmp_path: 
     folder = _benchmark(tmp_path / "bench")
     page = benchmark_page(folder, folder / "report.html")
     first = {row[0].text: row for row in _tables(page)["tiny-0"]}
-    assert list(first) == ["mmfede-zero", "mmfede-mean †", "central † ‡"], "an option changes what was tuned"
+    assert list(first) == ["mmfede-zero", "mmfede-mean †", "central † ‡"]
     assert [cell.text for cell in first["mmfede-zero"]][1:] == [*["0.2500 ± 0.0707"] * 3, "0.430", "3.0", "2"]
     assert [cell.bold for cell in first["mmfede-mean †"]][1:4] == [True] * 3
     assert not any(cell.bold for name in ("mmfede-zero", "central † ‡") for cell in first[name])
@@ -76,6 +76,22 @@ def test_a_benchmark_has_its_table_with_the_best_in_bold_and_its_bars(tmp_path: 
     rows = {row["method"]: row for row in bars.spec["data"]["values"]}
     assert rows["mmfede-mean"]["best"]
     assert (rows["mmfede-zero"]["low"], rows["mmfede-zero"]["high"]) == pytest.approx((0.1793, 0.3207), abs=1e-4)
+
+
+def test_an_option_that_changes_the_task_marks_all_methods_as_not_tuned(tmp_path: Path) -> None:
+    folder = _benchmark(tmp_path / "bench")
+    manifest = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    (folder / "benchmark.json").write_text(json.dumps(manifest | {"changes": {"privacy.clip": 1.0}}), encoding="utf-8")
+    rows = _tables(benchmark_page(folder, folder / "report.html"))["tiny-0"]
+    assert [row[0].text for row in rows] == ["mmfede-zero †", "mmfede-mean †", "central † ‡"]
+
+
+def test_a_result_without_what_the_table_shows_is_told(tmp_path: Path) -> None:
+    folder = _benchmark(tmp_path / "bench")
+    path = folder / "tiny" / "0.5" / "mmfede-zero" / "seed0" / "result.json"
+    path.write_text(json.dumps({"test": {"mrr": 0.1}, "valid_mrr": 0.1, "seconds": {}}), encoding="utf-8")
+    text = " ".join(cell.text for row in _tables(benchmark_page(folder, folder / "r.html"))["runs"] for cell in row)
+    assert "scores need hits_at_1" in text
 
 
 def test_a_benchmark_that_is_not_finished_says_what_is_missing(tmp_path: Path) -> None:
@@ -96,12 +112,20 @@ def test_a_benchmark_that_is_not_finished_says_what_is_missing(tmp_path: Path) -
 def test_a_tuning_has_its_trials(tmp_path: Path) -> None:
     folder = _benchmark(tmp_path / "tuning", kind="tuning")
     for run in sorted(folder.glob("tiny/0.5/mmfede-zero/seed*")):
-        run.rename(run.with_name(run.name.replace("seed", "trial")))
+        run.rename(run.with_name(run.name.replace("seed", "trial") + "-seed100"))
+    manifest = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    manifest["own_trials"] = {name: [{"model.dim": 8}, {"model.dim": 16}] for name in manifest["methods"]}
+    (folder / "benchmark.json").write_text(json.dumps(manifest), encoding="utf-8")
     page = benchmark_page(folder, folder / "report.html")
-    assert "2 of 6 runs" in page.notice
-    assert [cell.text for cell in _tables(page)["trials"][1]][:5] == [
-        *("mmfede-zero", "tiny", "0.5", "model.dropout = 0.6", "0.3000")
+    num_methods = len(manifest["methods"])
+    assert f"2 of {6 + 2 * num_methods} runs" in page.notice
+    assert [cell.text for cell in _tables(page)["trials"][1]][:6] == [
+        *("mmfede-zero", "tiny", "0.5", "model.dropout = 0.6", "100", "0.3000")
     ]
+    for old, new in (("trial0-seed100", "trial9"), ("trial1-seed100", "trial2-seed7")):
+        (folder / "tiny" / "0.5" / "mmfede-zero" / old).rename(folder / "tiny" / "0.5" / "mmfede-zero" / new)
+    rows = _tables(benchmark_page(folder, folder / "report.html"))["trials"]
+    assert [[cell.text for cell in row[3:5]] for row in rows] == [["the best of these, model.dim = 8", "7"], ["", ""]]
 
 
 def _trial(number: int, params: dict[str, Any], mrr: float | None, **more: Any) -> dict[str, Any]:
