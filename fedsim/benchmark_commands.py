@@ -119,7 +119,7 @@ def asked_for(option: str) -> bool:
 
 def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, options: dict[str, Any]) -> Plan:
     """Make the plan of the options; all that is wrong with them is said here."""
-    from fedsim.benchmark.methods import select_methods
+    from fedsim.benchmark.methods import select_methods, without_variants
     from fedsim.benchmark.plan import Plan, check_changes, check_trials, parse_missing
     from fedsim.benchmark.recipes import select_recipes
     from fedsim.benchmark.tuned import BUNDLED, Tuned, check_writable, read_tuned
@@ -137,7 +137,7 @@ def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, opti
     recipes = select_recipes(list(options["data"]))
     chosen = select_methods(groups, methods)
     if options["tune"]:
-        chosen = [method for method in chosen if not method.variant_of]  # they run with what is tuned for another
+        chosen = without_variants(chosen)
         check_trials(recipes, chosen, changes)
     asked = None if options["rates"] is None else options["rates"].split(",")
     rates = {}

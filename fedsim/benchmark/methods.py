@@ -206,6 +206,15 @@ def select_methods(groups: Sequence[str], names: Sequence[str]) -> list[Method]:
     return [method for method in _ALL if method.name in names or set(groups) & set(method.groups)]
 
 
+def without_variants(methods: Sequence[Method]) -> list[Method]:
+    """Leave out variants, which run with what is tuned for another; ConfigError if nothing is left to tune."""
+    found = [method for method in methods if not method.variant_of]
+    if not found:
+        asked = methods[0]
+        raise ConfigError(f"{asked.name} runs with what is tuned for {asked.variant_of}; tune that one")
+    return found
+
+
 def check_name(what: str, name: object, known: Iterable[str]) -> None:
     """Refuse an unknown name; ConfigError names the nearest one and lists all."""
     known = list(known)

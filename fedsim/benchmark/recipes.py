@@ -147,9 +147,14 @@ def _all_settings(file: _RecipeFile) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from (("tuning.trials", trial) for trial in file.tuning.trials)
 
 
+@cache
+def _fields() -> frozenset[str]:
+    return frozenset(path for path, _ in config_fields())
+
+
 def check_field(field: object) -> None:
     """Refuse what is no dotted path of a config field."""
-    if field not in {path for path, _ in config_fields()}:
+    if field not in _fields():
         raise ConfigError(f"'{field}' is no config field, such as model.dropout; see `fedsim config`")
 
 

@@ -284,14 +284,16 @@ def _link(stack: ClientStack, scores: Tensor, target: Tensor, batch: Batch) -> t
         target: column of the true answer, int64 [..., num_queries].
         batch: for weights, and whether the candidates are all entities.
     """
-    model, real = stack.model, stack.real if batch.negatives is None else None
-    num_parts = scores.shape[-3] if model.fusion.trains_apart else 1
-    # With losses apart each query vector is a query of its own, and the loss is the mean over them.
-    rows = scores.flatten(-3, -2) if num_parts > 1 else model.plan.join(scores)
-    rows = stack.mask(rows) if batch.negatives is None else rows
-    targets, weights = torch.cat([target] * num_parts, -1), torch.cat([batch.weight / num_parts] * num_parts, -1)
-    loss = model.loss(rows, targets, weights, model.config.training, real)
-    return model.plan.join(rows.unflatten(-2, (num_parts, -1))) if num_parts > 1 else rows, loss
+    model, weight, num_parts = stack.model, batch.weight, scores.shape[-3]
+    if apart := model.fusion.trains_apart:  # each query vector is a query of its own, the loss the mean over them
+        rows = scores.flatten(-3, -2)
+        target, weight = torch.cat([target] * num_parts, -1), torch.cat([weight / num_parts] * num_parts, -1)
+    else:
+        rows = model.plan.join(scores)
+    if batch.negatives is None:
+        rows = stack.mask(rows)
+    loss = model.loss(rows, target, weight, model.config.training, stack.real if batch.negatives is None else None)
+    return model.plan.join(rows.unflatten(-2, (num_parts, -1))) if apart else rows, loss
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def benchmark_page(folder: Path, target: Path) -> Page:
         "Methods": str(len(manifest["methods"])),
         "Runs": f"{done} of {expected}",
         "Seeds": str(len(manifest["seeds"]) or max(map(_num_tuning_seeds, manifest["recipes"].values()), default=1)),
-        "Changed for all": ", ".join(f"{path} = {value}" for path, value in manifest["changes"].items()) or "nothing",
+        "Changed for all": _told(manifest["changes"]) or "nothing",
         "fedsim": str(manifest["fedsim"]),
     }
     return Page(f"{manifest['kind'].capitalize()} {folder.absolute().name}", notice, facts, sections)

@@ -228,6 +228,10 @@ def test_tuning_tries_the_same_on_every_method_and_its_file_is_used(
             ["--output", "out", "--tune", "--model.dropout", "0.2"],
             "--model.dropout is what the trials of local on wn_noto",
         ),
+        (
+            ["--output", "out", "--tune", "--method", "mmfed3-zero-none"],
+            "mmfed3-zero-none runs with what is tuned for mmfed3-zero",
+        ),
         (["--output", "out", "--tune", "--tuned", "no/such.yaml"], "tuned values no/such.yaml: there is no folder"),
         (["--output", "out", "--tune", "--tuned", "full/thesis.tex"], "full/thesis.tex: the file must hold recipes"),
         (["--output", "out", "--tuned", "numbers.yaml"], "unknown method '3'"),
