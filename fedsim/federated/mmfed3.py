@@ -123,7 +123,7 @@ class MMFeD3(FedLU):
 
 
 def feature_term(teacher: Forward, student: Forward) -> Tensor:
-    """Return 1 - cos(x_m^student, sg x_m^teacher), mean over available tokens (eq. 10), [...]."""
+    """Return 1 - cos(x_m^student, sg x_m^teacher), mean over the step's available tokens (eq. 10), [...]."""
     goal = functional.normalize(teacher.tokens.values.detach(), dim=-1)
     cosine = (functional.normalize(student.tokens.values, dim=-1) * goal).sum(-1)  # [..., num_tokens, num_entities]
     weight = student.tokens.available.to(cosine.dtype)

@@ -57,6 +57,10 @@ class Prototypes:
             torch.cat([torch.zeros_like(self.present[:1]), self.present]),
         )
 
+    def take(self, rows: Tensor) -> "Prototypes":
+        """Take those of some entities, int64 [num_rows]."""
+        return Prototypes(self.values[:, rows], self.present[:, rows])
+
 
 @dataclass(frozen=True)
 class EntityInput:
@@ -71,6 +75,21 @@ class EntityInput:
     available: Tensor
     features: Mapping[str, ModalityInput]
     prototypes: Prototypes | None = None
+
+    def take(self, rows: Tensor) -> "EntityInput":
+        """Take what is known of some entities, int64 [num_rows]; features name them by their places there."""
+        features = {}
+        for name, item in self.features.items():
+            place = torch.full(
+                self.available.shape[1:], -1, device=rows.device
+            )  # of an entity among those with features
+            place[item.rows] = torch.arange(len(item.rows), device=rows.device)
+            found = place[rows]
+            there = (found >= 0).nonzero().squeeze(1)
+            features[name] = ModalityInput(there, item.values[found[there]])
+        return EntityInput(
+            self.available[:, rows], features, None if self.prototypes is None else self.prototypes.take(rows)
+        )
 
 
 def pick(registry: Mapping[str, T], field: str, name: str) -> T:

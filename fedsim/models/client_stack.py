@@ -22,6 +22,7 @@ from fedsim.models.stacking import (
     stack_draws,
     stack_entities,
 )
+from fedsim.models.step_entities import StepEntities
 
 T = TypeVar("T")
 GeneratorOf = Callable[[str], torch.Generator]
@@ -113,7 +114,7 @@ class ClientStack:
             self.shape.stack([member.values.ema for member in members]),
             self.shape.stack([member.values.anchors for member in members]),
         )
-        self.entities = stack_entities(self.shape, [member.inputs.entities for member in members])
+        self.entities = stack_entities([member.inputs.entities for member in members], self.shape.num_rows)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -152,10 +153,31 @@ class ClientStack:
         """Apply a function of one client's tensors to each client."""
         return function(*arguments) if self.shape is None else over_clients(function, *arguments)
 
-    def join(self, draws: Sequence[Draws]) -> Draws:
-        """Join what was drawn for each client."""
-        joined = draws[0] if self.shape is None else stack_draws(draws, self.shape)
+    def join(self, draws: Sequence[Draws], entities: StepEntities | None = None) -> Draws:
+        """Join what was drawn for each client.
+
+        Args:
+            draws: of each client.
+            entities: what their rows number; None for all that the clients have.
+        """
+        if self.shape is None:
+            joined = draws[0]
+        else:
+            joined = stack_draws(draws, (entities.known if entities else self.entities).available.shape[-1])
         return {name: value.to(self.device) for name, value in joined.items()}
+
+    def all_entities(self) -> StepEntities:
+        """Return all entities, for a step that uses them all."""
+        return StepEntities(None, self.entities)
+
+    def some_entities(self, rows: Sequence[Tensor]) -> StepEntities:
+        """Return some entities of each client, whose rows are int64 [num_rows]."""
+        taken = [member.inputs.entities.take(own) for member, own in zip(self.members, rows, strict=True)]
+        if self.shape is None:
+            return StepEntities(rows[0], taken[0])
+        num_rows = max(map(len, rows)) + 1
+        padded = pad_stack(rows, (num_rows,), value=self.shape.num_rows - 1)
+        return StepEntities(padded, stack_entities(taken, num_rows))
 
     def pad(self, tensors: Sequence[Tensor]) -> Tensor:
         """Join one tensor of each client, padded with zeros."""

@@ -86,27 +86,6 @@ def redraw_known(
     return negatives
 
 
-def used_rows(embeddings: Tensor, triples: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut the tables to the rows that a step with shared negatives uses; the others get no gradient anyway.
-
-    So one gradient of the tables' size is made, however often a step uses them.
-
-    Args:
-        embeddings: [..., num_kinds, num_entities, dim].
-        triples: int64 [..., batch, 3].
-        negatives: int64 [..., 1, num_negatives].
-
-    Returns:
-        The rows [..., num_kinds, 2 * batch + num_negatives, dim], and triples and negatives that number them.
-    """
-    head, relation, tail = triples.unbind(-1)
-    rows = take_rows(embeddings, torch.cat([head, tail, negatives.squeeze(-2)], -1))
-    place = torch.arange(rows.shape[-2], device=rows.device)
-    batch = head.shape[-1]
-    new_head, new_tail = place[:batch].expand_as(head), place[batch : 2 * batch].expand_as(tail)
-    return rows, torch.stack([new_head, relation, new_tail], -1), place[2 * batch :].expand_as(negatives)
-
-
 def candidate_scores(
     model: ClientModel,
     queries: Tensor,

@@ -108,9 +108,14 @@ class StackShape:
         return 2 if self.reciprocal else 1
 
 
-def stack_entities(shape: StackShape, inputs: Sequence[EntityInput]) -> EntityInput:
-    """Stack what clients know of their entities; prototypes are absent where a client has none."""
-    num_tokens, num_rows = len(inputs[0].available), shape.num_rows
+def stack_entities(inputs: Sequence[EntityInput], num_rows: int) -> EntityInput:
+    """Stack what clients know of their entities; prototypes are absent where a client has none.
+
+    Args:
+        inputs: of each client.
+        num_rows: of the stacked tables; the last is of no entity.
+    """
+    num_tokens = len(inputs[0].available)
     features = {
         name: ModalityInput(
             pad_stack([item.features[name].rows for item in inputs], value=num_rows - 1),
@@ -130,16 +135,16 @@ def stack_entities(shape: StackShape, inputs: Sequence[EntityInput]) -> EntityIn
     return EntityInput(pad_stack([item.available for item in inputs], (num_tokens, num_rows)), features, prototypes)
 
 
-def stack_draws(draws: Sequence[Draws], shape: StackShape) -> Draws:
-    """Stack draws of the same names; see `Draws` for what the names mean. A padded row is that of no entity."""
-    return {name: _stack_draw(name, [item[name] for item in draws], shape) for name in draws[0]}
+def stack_draws(draws: Sequence[Draws], num_rows: int) -> Draws:
+    """Stack draws of the same names; see `Draws` for what the names mean. A padded row is the last, of no entity."""
+    return {name: _stack_draw(name, [item[name] for item in draws], num_rows) for name in draws[0]}
 
 
-def _stack_draw(name: str, found: Sequence[Tensor], shape: StackShape) -> Tensor:
+def _stack_draw(name: str, found: Sequence[Tensor], num_rows: int) -> Tensor:
     if name.endswith("rows"):
-        return pad_stack(found, value=shape.num_rows - 1)
+        return pad_stack(found, value=num_rows - 1)
     if name.startswith("entity_"):
-        return pad_stack(found, (found[0].shape[0], shape.num_rows, *found[0].shape[2:]))
+        return pad_stack(found, (found[0].shape[0], num_rows, *found[0].shape[2:]))
     return pad_stack(found)
 
 

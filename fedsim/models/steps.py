@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedsim.models.imputers import Draws, TokenTable
 from fedsim.models.parameters import Params
+from fedsim.models.step_entities import StepEntities
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Batch:
     """What one step asks of its clients; ... is nothing for one client, and [clients] for a stack.
 
     Attributes:
+        entities: those that the step computes on; triples, negatives and draws number them.
         triples: int64 [..., batch, 3]; clients with fewer triples are padded.
         weight: of each query, [..., num_sides * batch]; sums to 1 over a client's queries, 0 where padded.
         negatives: of each query, int64 [..., num_sides * batch, num_negatives], or [..., 1, num_negatives] if all
@@ -23,6 +25,7 @@ class Batch:
         keep: view -> which numbers of the queries dropout keeps, bool [..., num_parts, num_sides * batch, dim].
     """
 
+    entities: StepEntities
     triples: Tensor
     weight: Tensor
     negatives: Tensor | None
@@ -35,7 +38,7 @@ class Forward:
     """One view's pass over one batch, for the loss terms and the coupling; ... as in `Batch`.
 
     Attributes:
-        tokens: the hyper-modal embeddings, [..., num_tokens, num_entities, dim].
+        tokens: the hyper-modal embeddings of the step's entities, [..., num_tokens, num_entities, dim].
         logits: [..., num_queries, num_candidates].
         target: int64 [..., num_queries], column of the true answer.
         weight: of each query, [..., num_queries].

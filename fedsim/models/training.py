@@ -6,7 +6,7 @@ says which views are trained and adds a coupling term between them; it never cop
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from fedsim.models.client_model import ClientModel, EntityInput
 from fedsim.models.client_stack import ClientStack, ClientValues, Member
 from fedsim.models.imputers import Draws, Imputation, TokenTable
 from fedsim.models.losses import n3_penalty
-from fedsim.models.negatives import candidate_scores, draw_negatives, known_answers, redraw_known, used_rows
+from fedsim.models.negatives import candidate_scores, draw_negatives, known_answers, redraw_known
 from fedsim.models.optimizers import OPTIMIZERS
 from fedsim.models.parameters import Params, select_view, take_rows
 from fedsim.models.steps import Batch, Coupling, Forward, Step
+from fedsim.models.used_rows import cut_down
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _draw_batch(
     for view in noise:
         if model.imputes:
             members = zip(stack.members, epoch.hidden[view], noise[view], strict=False)
-            draws[view] = stack.join([_draw_step(model, *member) for member in members])
+            draws[view] = [_draw_step(model, *member) for member in members]
         if model.config.model.dropout > 0:
             kept = [
                 torch.rand(model.num_parts, num_sides, sides.shape[1], model.dim, generator=generator)
@@ -174,11 +175,15 @@ def _draw_batch(
                 for generator, sides in zip(dropout[view], weights, strict=False)
             ]
             keep[view] = stack.pad(kept).flatten(-3, -2)
+    entities = stack.all_entities()
+    if negatives and model.config.training.negatives == "shared":
+        entities, triples, negatives, draws = cut_down(stack, triples, negatives, draws)
     return Batch(
+        entities,
         stack.pad(triples),
         stack.pad(weights).flatten(-2),
         stack.pad(negatives).flatten(-3, -2) if negatives else None,
-        draws,
+        {view: stack.join(own, entities) for view, own in draws.items()},
         keep,
     )
 
@@ -244,23 +249,19 @@ def forward_view(
 ) -> Forward:
     """Run one view on one batch: tokens, imputation, fusion, queries both ways, logits and loss terms."""
     model, config = stack.model, stack.model.config
-    relations = params["relation"]
+    relations, entities = params["relation"], batch.entities
     passed = stack.apply(
         lambda *arguments: _embed_view(model, *arguments),
-        select_view(params, view),
-        stack.entities,
-        stack.hidden_tokens(hidden[: len(stack)]),
-        stack.part_of(imputation),
+        entities.of_params(select_view(params, view)),
+        entities.known,
+        entities.of_hidden(stack.hidden_tokens(hidden[: len(stack)])),
+        entities.of_imputation(stack.part_of(imputation)),
         batch.draws.get(view, {}),
     )
     losses, embeddings = dict(passed.losses), passed.embeddings
     target, dropped = _answers(model, batch.triples), None
     if batch.negatives is not None and model.loss.drops_answers:
         dropped = batch.negatives == target.unsqueeze(-1)
-    if batch.negatives is not None and config.training.negatives == "shared":
-        embeddings, triples, negatives = used_rows(embeddings, batch.triples, batch.negatives)
-        batch = replace(batch, triples=triples, negatives=negatives)
-        target = _answers(model, triples)
     queries = _queries(model, embeddings, relations, batch.triples)
     if view in batch.keep:
         queries = queries * batch.keep[view] / (1 - config.model.dropout)
@@ -272,7 +273,7 @@ def forward_view(
     logits, losses["link"] = _link(stack, scores, target, batch)
     if config.training.n3_weight > 0:
         losses["n3"] = config.training.n3_weight * _n3(model, embeddings, relations, batch)
-    return Forward(TokenTable(passed.tokens, stack.entities.available), logits, target, batch.weight, losses)
+    return Forward(TokenTable(passed.tokens, entities.known.available), logits, target, batch.weight, losses)
 
 
 def _link(stack: ClientStack, scores: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,18 @@ METHODS: dict[str, dict[str, Any]] = {
         "training.loss": "self_adversarial",
         "training.negatives": "shared",
     },
+    **{
+        f"shared negatives, imputer {name}": {
+            "federation.strategy": "mmfed3",
+            "model.imputer": name,
+            "diffusion.hide_rate": 0.3,
+            "imputer.hide_rate": 0.3,
+            "training.batch_size": 4,
+            "training.loss": "sampled_softmax",
+            "training.negatives": "shared",
+        }
+        for name in ("gan", "nearest", "diffusion")
+    },
     "sampled softmax": {
         "federation.strategy": "mmfed3",
         "training.loss": "sampled_softmax",

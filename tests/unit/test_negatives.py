@@ -5,7 +5,7 @@ import torch
 
 from experiments import generator, small_config
 from fedsim.models.client_model import ClientModel
-from fedsim.models.negatives import candidate_scores, draw_negatives, known_answers, redraw_known, used_rows
+from fedsim.models.negatives import candidate_scores, draw_negatives, known_answers, redraw_known
 from fedsim.models.scorers import SCORERS
 
 
@@ -56,7 +56,7 @@ def test_only_filtered_negatives_need_an_index() -> None:
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("leading", [(), (3,)])
 def test_shared_negatives_score_as_those_of_each_query(scorer: str, leading: tuple[int, ...]) -> None:
-    """On the whole tables and on the rows in use: the same scores, and the same gradients of the whole tables."""
+    """The same scores, and the same gradients of the tables."""
     model = ClientModel(small_config({"model.scorer": scorer, "model.fusion": "none"}), {})
     size = (*leading, 2, 9, model.dim)  # two parts
     table = torch.randn(size, generator=generator(), dtype=torch.float64, requires_grad=True)
@@ -76,4 +76,3 @@ def test_shared_negatives_score_as_those_of_each_query(scorer: str, leading: tup
     own = score(table, triples, negatives.expand(*leading, 5, 4))
     assert own[0].shape == (*leading, 2, 5, 5)  # each part's
     torch.testing.assert_close(score(table, triples, negatives), own)
-    torch.testing.assert_close(score(*used_rows(table, triples, negatives)), own)

@@ -1,0 +1,46 @@
+"""The entities that a training step computes on: all of a client's, or those that it uses.
+
+With negatives that a batch shares a step uses its triples' entities, the negatives and the entities that its imputers
+drew. On a large graph these are a fraction of the client's, and the tokens, projections, fusion and feature terms of
+the others would be computed for nothing: no loss but the feature terms sees them (method.md section 5).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedsim.models.client_model import EntityInput
+from fedsim.models.imputers import Imputation
+from fedsim.models.parameters import Params, take_rows
+
+
+@dataclass(frozen=True)
+class StepEntities:
+    """Entities of a step; ... is nothing for one client, and [clients] for a stack.
+
+    Attributes:
+        rows: of the entity tables, int64 [..., num_rows]; None for all.
+        known: what is known of them.
+    """
+
+    rows: Tensor | None
+    known: EntityInput
+
+    def of_params(self, params: Params) -> Params:
+        """Cut a view's entity table down."""
+        if self.rows is None:
+            return params
+        return params | {"entity": take_rows(params["entity"].unsqueeze(-3), self.rows).squeeze(-3)}
+
+    def of_imputation(self, imputation: Imputation | None) -> Imputation | None:
+        """Cut an imputation down."""
+        if self.rows is None or imputation is None:
+            return imputation
+        uncertainty = take_rows(imputation.uncertainty.unsqueeze(-1), self.rows).squeeze(-1)
+        return Imputation(take_rows(imputation.values, self.rows), uncertainty)
+
+    def of_hidden(self, hidden: Tensor | None) -> Tensor | None:
+        """Cut hidden tokens down, bool [..., num_tokens, num_entities]."""
+        if self.rows is None or hidden is None:
+            return hidden
+        return take_rows(hidden.unsqueeze(-1), self.rows).squeeze(-1)
