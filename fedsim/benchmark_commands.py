@@ -166,7 +166,7 @@ def _benchmark(plan: Plan, execute: Executor, tuned: Path | None, console: Conso
     cells = plan.cells()
     outcomes, num_run = _run_all(plan, "benchmark", cells, execute, console)
     compared = compare(plan, lambda folder: outcomes[folder])
-    grids = [tables.make_grid(table, plan.num_seeds) for table in compared]
+    grids = tables.make_grids(compared, plan.num_seeds)
     hours = sum(sum(done.result["seconds"].values()) for done in outcomes.values() if done.result) / 3600
     minutes = (time.perf_counter() - started) / 60
     footer = [

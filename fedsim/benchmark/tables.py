@@ -10,14 +10,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsim.benchmark.comparison import METRICS, Column, Entry, RecipeTable
-from fedsim.benchmark.plan import Plan
+from fedsim.benchmark.plan import Missing, Plan
 
 COLUMN_GAP = 3  # the box's line and a space on both sides
-NOT_TUNED, NOT_RANKED = "†", "‡"
+NOT_TUNED, NOT_RANKED, LEVEL = "†", "‡", "°"
+LEVEL_P = 0.05
 LATEX = {
     "\\": r"\textbackslash{}",
     "†": r"$\dagger$",
     "‡": r"$\ddagger$",
+    "°": r"$^\circ$",
+    "≥": r"$\ge$",
     "<": "$<$",
     "±": r"$\pm$",
     "–": "--",
@@ -51,19 +54,16 @@ class Grid:
     seconds: tuple[str, ...]
 
 
-def make_grid(table: RecipeTable, num_seeds: int) -> Grid:
-    """Write the numbers of a recipe's table as texts."""
-    entries = [column.entries for column in table.columns]
-    seconds = []
-    for row in zip(*entries, strict=True):
-        spent = [value for entry in row for value in entry.seconds]
-        seconds.append(f"{fmean(spent):.0f}" if spent else "–")
-    return Grid(
-        f"{table.recipe.name}: filtered test metrics, {num_seeds} seed{'s' if num_seeds > 1 else ''}",
-        tuple(_row_name(entry) for entry in entries[0]),
-        tuple(_block(column) for column in table.columns),
-        tuple(seconds),
-    )
+def make_grids(tables: Sequence[RecipeTable], num_seeds: int) -> list[Grid]:
+    """Write the numbers as texts: of each recipe all metrics, below MRR at a glance if there are several rates."""
+    grids = []
+    for table in tables:
+        name, seeds = table.recipe.name, f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
+        if len(table.columns) > 1:
+            grids.append(_grid(f"{name}: filtered test MRR, {seeds}", table, (_overview(table),)))
+        blocks = tuple(_block(column) for column in table.columns)
+        grids.append(_grid(f"{name}: filtered test metrics, {seeds}", table, blocks))
+    return grids
 
 
 def notes(tables: Sequence[RecipeTable], plan: Plan, footer: Sequence[str]) -> list[str]:
@@ -76,6 +76,8 @@ def notes(tables: Sequence[RecipeTable], plan: Plan, footer: Sequence[str]) -> l
             "MRR over the seeds against the best method of the column; at the best one against the second. Not "
             "corrected for the number of methods."
         )
+        if any(len(table.columns) > 1 for table in tables):
+            lines.append(f"{LEVEL} not told apart from the best of its column (p ≥ {LEVEL_P}).")
     else:
         lines.append("One seed: no spread and no test; best value in bold.")
     protocols = [table.recipe.name for table in tables if table.recipe.settings.get("evaluation.protocol") == "fede"]
@@ -179,15 +181,43 @@ def _row_name(entry: Entry) -> str:
     return f"{entry.method.name}{' ' if marks else ''}{marks}"
 
 
+def _grid(title: str, table: RecipeTable, blocks: tuple[Block, ...]) -> Grid:
+    entries = [column.entries for column in table.columns]
+    seconds = []
+    for row in zip(*entries, strict=True):
+        spent = [value for entry in row for value in entry.seconds]
+        seconds.append(f"{fmean(spent):.0f}" if spent else "–")
+    return Grid(title, tuple(_row_name(entry) for entry in entries[0]), blocks, tuple(seconds))
+
+
+def _overview(table: RecipeTable) -> Block:
+    """Put the MRR of all missing rates side by side."""
+    columns = [[glance(column, entry) for entry in column.entries] for column in table.columns]
+    headers = tuple(hidden_title(column.missing) for column in table.columns)
+    return Block("MRR", headers, tuple(zip(*columns, strict=True)))
+
+
+def glance(column: Column, entry: Entry) -> Text:
+    """Write a mean MRR, and whether it is level with the best of the column."""
+    p = column.p_values.get(entry.method.name)
+    level = p is not None and p >= LEVEL_P and entry.method.name != column.best
+    return Text(f"{_value(entry, 'mrr')}{LEVEL if level else ''}", column.is_best(entry, "mrr"))
+
+
+def hidden_title(missing: Missing) -> str:
+    """Say what a missing rate hides."""
+    return f"{missing.rate:g} of the clients blind" if missing.pattern == "client" else f"{missing.rate:g} hidden"
+
+
 def _block(column: Column) -> Block:
-    missing = column.missing
-    hidden = f"{missing.rate:g} of the clients blind" if missing.pattern == "client" else f"{missing.rate:g} hidden"
     tested = any(len(entry.outcomes) > 1 for entry in column.entries)
     rows = []
     for entry in column.entries:
         cells = [Text(_value(entry, metric), column.is_best(entry, metric)) for metric in METRICS]
         rows.append((*cells, Text(_p(column.p_values.get(entry.method.name)))) if tested else tuple(cells))
-    return Block(hidden, (*METRICS.values(), "p") if tested else tuple(METRICS.values()), tuple(rows))
+    return Block(
+        hidden_title(column.missing), (*METRICS.values(), "p") if tested else tuple(METRICS.values()), tuple(rows)
+    )
 
 
 def _value(entry: Entry, metric: str) -> str:

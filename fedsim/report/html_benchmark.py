@@ -14,6 +14,7 @@ from fedsim.benchmark.folder import MANIFEST
 from fedsim.benchmark.methods import METHODS, Method
 from fedsim.benchmark.plan import ANY, Missing, changes_task, parse_missing
 from fedsim.benchmark.recipes import Recipe, TuningBudget
+from fedsim.benchmark.tables import LEVEL, LEVEL_P, Text, glance, hidden_title
 from fedsim.errors import RunError
 from fedsim.parsing import parse_json
 from fedsim.report.html_page import Block, Cell, Page, Section, Table
@@ -126,10 +127,9 @@ def _outcome(folder: Path) -> Outcome:
 
 def _recipe(name: str, columns: Sequence[Column]) -> Section:
     """Show the table and the bars of each missing rate of one recipe."""
-    blocks: list[Block] = []
+    blocks: list[Block] = [_at_a_glance(name, columns)] if len(columns) > 1 else []
     for number, column in enumerate(columns):
-        missing = column.missing
-        hidden = f"{missing.rate:g} of the clients blind" if missing.pattern == "client" else f"{missing.rate:g} hidden"
+        hidden = hidden_title(column.missing)
         rows = tuple(_row(column, entry) for entry in column.entries)
         header = ("method", *METRICS.values(), "p", "s/run", "seeds")
         blocks.append(Table(f"{name}-{number}", f"Test, {hidden}", header, rows, _note(column)))
@@ -147,8 +147,26 @@ def _recipe(name: str, columns: Sequence[Column]) -> Section:
     return Section(f"recipe-{name}", f"Data {name}", text, tuple(blocks))
 
 
+def _at_a_glance(name: str, columns: Sequence[Column]) -> Table:
+    rows = []
+    for entries in zip(*(column.entries for column in columns), strict=True):
+        found = [
+            Text("–") if entry.mean("mrr") is None else glance(column, entry)
+            for column, entry in zip(columns, entries, strict=True)
+        ]
+        rows.append((_name(entries[0]), *(Cell(text.text, bold=text.bold) for text in found)))
+    header = ("method", *(hidden_title(column.missing) for column in columns))
+    note = f"{LEVEL} not told apart from the best of its column (p ≥ {LEVEL_P})."
+    has_tests = any(p is not None for column in columns for p in column.p_values.values())
+    return Table(f"{name}-glance", "Test MRR at a glance", header, tuple(rows), note if has_tests else "")
+
+
+def _name(entry: Entry) -> Cell:
+    return Cell(entry.method.name + ("" if entry.tuned else " †") + ("" if entry.method.ranked else " ‡"))
+
+
 def _row(column: Column, entry: Entry) -> tuple[Cell, ...]:
-    cells = [Cell(entry.method.name + ("" if entry.tuned else " †") + ("" if entry.method.ranked else " ‡"))]
+    cells = [_name(entry)]
     for metric in METRICS:
         mean, spread = entry.mean(metric), entry.spread(metric)
         text = "–" if mean is None else f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"

@@ -8,13 +8,24 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from fedsim.benchmark.comparison import Column, Entry, compare, make_column, paired_p
+from fedsim.benchmark.comparison import Column, Entry, RecipeTable, compare, make_column, paired_p
 from fedsim.benchmark.execution import Outcome
 from fedsim.benchmark.methods import METHODS
 from fedsim.benchmark.plan import Plan, parse_missing
 from fedsim.benchmark.recipes import Recipe, TuningBudget
 from fedsim.benchmark.records import as_csv, as_run_list, hardware
-from fedsim.benchmark.tables import Block, Grid, Text, as_latex, as_markdown, escape_latex, make_grid, notes, show
+from fedsim.benchmark.tables import (
+    LEVEL,
+    Block,
+    Grid,
+    Text,
+    as_latex,
+    as_markdown,
+    escape_latex,
+    make_grids,
+    notes,
+    show,
+)
 from fedsim.benchmark.tuned import Tuned
 
 RECIPE = Recipe("tiny", "tiny", "tiny", "", {"data.path": "tiny"}, ("0.5",), TuningBudget())
@@ -118,8 +129,14 @@ def _outcome_of(folder: Path) -> Outcome:
 
 def test_markdown_has_all_cells_the_best_in_bold_and_what_is_missing(plan: Plan) -> None:
     tables = compare(plan, _outcome_of)
-    text = as_markdown([make_grid(table, 2) for table in tables], notes(tables, plan, ["Hardware: x"]), "runs.md")
-    header, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    text = as_markdown(make_grids(tables, 2), notes(tables, plan, ["Hardware: x"]), "runs.md")
+    assert text.startswith("## tiny: filtered test MRR, 2 seeds\n")
+    _, glance, details = text.split("## ")
+    assert "| MRR: 0.5 hidden | MRR: 0.5 of the clients blind | s/run |" in glance
+    assert "| `mmfed3-hide` | **0.3015 ± 0.0021** | **0.3015 ± 0.0021** | 2 |" in glance
+    assert LEVEL not in details.partition("\n- ")[0]
+    assert f"{LEVEL} not told apart from the best" in text
+    header, rule, *rows = [line for line in details.splitlines() if line.startswith("|")]
     assert header.split(" | ")[1:5] == [f"0.5 hidden: {name}" for name in ("MRR", "Hits@1", "Hits@10", "p")]
     assert header.split(" | ")[5] == "0.5 of the clients blind: MRR"
     assert len({line.count("|") for line in (header, rule, *rows)}) == 1
@@ -141,17 +158,33 @@ def test_markdown_has_all_cells_the_best_in_bold_and_what_is_missing(plan: Plan)
         assert part in text
 
 
+def test_the_glance_marks_what_is_level_with_the_best() -> None:
+    """Differences .01, -.01, .03: mean .01, t = .87, p .48; all the others' are .1 and vary little."""
+    missing = [parse_missing("0"), parse_missing("0.5")]
+    methods = {"mmfed3-hide": (0.31, 0.30, 0.33), "mmfede-mean": (0.30, 0.31, 0.30), "mmfede-zero": (0.21, 0.2, 0.23)}
+    entries = [_entry(name, *mrrs) for name, mrrs in methods.items()]
+    grid, _ = make_grids([RecipeTable(RECIPE, tuple(make_column(rate, entries) for rate in missing))], 3)
+    assert grid.title == "tiny: filtered test MRR, 3 seeds"
+    (block,) = grid.blocks
+    assert block.headers == ("0 hidden", "0.5 hidden")
+    best, level, worse = (row[0] for row in block.rows)
+    assert best == Text("0.3133 ± 0.0153", bold=True)
+    assert level == Text(f"0.3033 ± 0.0058{LEVEL}")
+    assert worse == Text("0.2133 ± 0.0153")
+    assert len(make_grids([RecipeTable(RECIPE, (make_column(missing[0], entries),))], 3)) == 1
+
+
 def test_latex_is_escaped_and_balanced(plan: Plan) -> None:
     tables = compare(plan, _outcome_of)
-    text = as_latex([make_grid(table, 2) for table in tables], notes(tables, plan, []))
+    text = as_latex(make_grids(tables, 2), notes(tables, plan, []))
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert "\\textbf{0.3015 $\\pm$ 0.0021}" in text
     assert "$\\dagger$ not tuned on this data" in text
     assert "<" not in "".join(body).replace("$<$", "")
     assert text.count("\\begin{") == text.count("\\end{")
     columns = [line.count(" & ") for line in body if line.endswith("\\\\") and "multicolumn" not in line]
-    assert set(columns) == {9}
-    assert not any(char in "".join(body) for char in "±†‡–")
+    assert set(columns) == {3, 9}
+    assert not any(char in "".join(body) for char in "±†‡–°≥")
     assert escape_latex("a_b & 5% #1 {x} \\ †") == "a\\_b \\& 5\\% \\#1 \\{x\\} \\textbackslash{} $\\dagger$"
 
 
@@ -175,10 +208,10 @@ def test_csv_and_run_list_name_run_and_command_of_every_seed(plan: Plan, monkeyp
 
 
 def test_the_terminal_puts_rates_below_each_other_if_it_is_narrow(plan: Plan) -> None:
-    (table,) = compare(plan, _outcome_of)
+    _, grid = make_grids(compare(plan, _outcome_of), 2)
     for width, num_tables in ((160, 1), (100, 2)):
         with Console(width=width, record=True, file=io.StringIO()) as console:
-            show(make_grid(table, 2), console)
+            show(grid, console)
         text = console.export_text()
         assert text.count("tiny: filtered test metrics, 2 seeds") == num_tables
         assert text.count("mmfed3-hide") == num_tables
@@ -189,7 +222,7 @@ def test_the_terminal_puts_rates_below_each_other_if_it_is_narrow(plan: Plan) ->
 def test_one_seed_has_no_spread_and_no_test(plan: Plan) -> None:
     single = Plan(plan.output, [RECIPE], plan.methods, plan.rates, 1, plan.tuned, {})
     tables = compare(single, _outcome_of)
-    text = as_markdown([make_grid(table, 1) for table in tables], notes(tables, single, []), "runs.md")
+    text = as_markdown(make_grids(tables, 1), notes(tables, single, []), "runs.md")
     assert "±" not in text
     assert ": p |" not in text
     assert "One seed" in text

@@ -72,6 +72,9 @@ def test_a_benchmark_has_its_table_with_the_best_in_bold_and_its_bars(tmp_path: 
     assert [cell.bold for cell in first["mmfede-mean †"]][1:4] == [True] * 3
     assert not any(cell.bold for name in ("mmfede-zero", "central † ‡") for cell in first[name])
     assert _compile(page) == ["tiny-0", "tiny-1", "tiny-seconds"]
+    glance = {row[0].text: row[1:] for row in _tables(page)["tiny-glance"]}
+    assert [cell.text for cell in glance["mmfede-zero"]] == ["0.2500 ± 0.0707°", "0.2000 (1 of 2)"]
+    assert [cell.bold for cell in glance["mmfede-mean †"]] == [True, True]
     (bars, *_) = page.figures
     rows = {row["method"]: row for row in bars.spec["data"]["values"]}
     assert rows["mmfede-mean"]["best"]
