@@ -4,8 +4,9 @@
     python benchmarks/instruments.py runs/grid/cn_visual/0.6 --output runs/instruments.md
 
 Means over the seeds, from each run's `result.json`. Imputation: mean cosine of a hidden feature's true token and the
-imputed one, and retrieval Hits@10 of the true entity among all of the client's that have the modality; mean, ridge and
-MLP regression are fitted on the same client's visible tokens, in the run's own token space, so compare along a row.
+imputed one, and retrieval Hits@10 of the true entity among all of the client's that have the modality, by the
+method's own imputer; mean, ridge and MLP regression are fitted on the same client's visible tokens, in the run's token
+space, so compare along a row. Methods that leave zeros impute nothing.
 Consistency: mean cosine between clients over the entities that they share, all tokens side by side and each alone.
 """
 
@@ -24,17 +25,11 @@ VIEWS = {"global": "global copies", "local": "private models"}
 
 
 def read_results(folder: Path, names: Sequence[str]) -> Results:
-    """Read the results of all seeds, method -> results; those of methods that have finished runs."""
-    found = {
-        name: [
-            json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{name}/seed*/result.json"))
-        ]
-        for name in names
+    """Read the results of all seeds that are finished, method -> results; methods without any are left out."""
+    paths = {name: sorted(folder.glob(f"{name}/seed*/result.json")) for name in names}
+    return {
+        name: [json.loads(path.read_text(encoding="utf-8")) for path in found] for name, found in paths.items() if found
     }
-    missing = [name for name, results in found.items() if not results]
-    if missing or not found:
-        raise click.ClickException(f"{folder} has no finished runs of {', '.join(missing) or 'any method'}")
-    return found
 
 
 def imputation_rows(found: Results) -> list[list[str]]:
@@ -43,12 +38,23 @@ def imputation_rows(found: Results) -> list[list[str]]:
     for method, results in found.items():
         measured = results[0]["imputation"] or {}
         for modality in dict.fromkeys(name.partition("/")[0] for name in measured):
-            own = [name.partition("/")[2] for name in measured if name.startswith(f"{modality}/")]
-            own = [name for name in own if name not in REFERENCES]
-            if own:
-                columns = [f"{modality}/{name}" for name in (own[0], *REFERENCES)]
-                rows.append([method, modality, own[0], *(_pair(results, column) for column in columns)])
+            names = [name.partition("/")[2] for name in measured if name.startswith(f"{modality}/")]
+            own = own_imputer(names)
+            if own != "zero":
+                # Where the method's own imputer has a reference's name, the reference is called <name>_fitted.
+                references = [name if f"{name}_fitted" not in names else f"{name}_fitted" for name in REFERENCES]
+                values = [_pair(results, f"{modality}/{column}") for column in (own, *references)]
+                rows.append([method, modality, own, *values])
     return rows
+
+
+def own_imputer(names: Sequence[str]) -> str:
+    """Find the method's own imputer among the names of what was measured of one modality."""
+    for name in REFERENCES:
+        if f"{name}_fitted" in names:
+            return name
+    others = [name for name in names if name not in REFERENCES]
+    return others[0] if others else "mean"  # the mean is its own reference
 
 
 def consistency_rows(found: Results) -> list[list[str]]:
@@ -86,9 +92,13 @@ def main(folder: Path, methods: tuple[str, ...], output: Path | None) -> None:
     """Show the runs of FOLDER, a missing rate of a benchmark's data: FOLDER/METHOD/seedN."""
     names = methods or tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
     found = read_results(folder, names)
-    counts = sorted({len(results) for results in found.values()})
+    missing = [name for name in names if name not in found]
+    if not found:
+        raise click.ClickException(f"{folder} has no finished runs of {', '.join(names) or 'any method'}")
     sheet = Sheet(f"Imputation and consistency, {folder.parent.name}, missing {folder.name}", output)
-    sheet.say(f"Seeds per method: {', '.join(map(str, counts))}.")
+    sheet.say(f"Seeds: {', '.join(f'{name} {len(results)}' for name, results in found.items())}.")
+    if missing:
+        sheet.say(f"Not finished: {', '.join(missing)}.")
     header = ("method", "modality", "imputer", "its own", *REFERENCES)
     sheet.table("Hidden features, cosine / retrieval Hits@10", header, imputation_rows(found))
     columns, *rows = consistency_rows(found)

@@ -48,6 +48,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "optimiser": ("fedsim.models.optimizers:*", "fedsim.models.training:update_ema"),
     "diffusion sampling": ("fedsim.models.client_stack:impute",),
     "forward": ("fedsim.models.training:forward_view", "fedsim.federated.mmfed3:couple"),
+    "entities in use": ("fedsim.models.used_rows:*",),
     "draws": ("fedsim.models.training:_draw_batch", "fedsim.models.training:_start_epoch"),
     "soft queries and tokens sent": ("fedsim.federated.mmfed3:extras",),
     "stacking of clients": ("fedsim.models.client_stack:*", "fedsim.models.stacking:*"),
@@ -62,6 +63,7 @@ ARITHMETIC = (
     "optimiser",
     "diffusion sampling",
     "forward",
+    "entities in use",
     "draws",
     "soft queries and tokens sent",
 )

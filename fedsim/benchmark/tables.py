@@ -15,6 +15,7 @@ from fedsim.benchmark.plan import Missing, Plan
 COLUMN_GAP = 3  # the box's line and a space on both sides
 NOT_TUNED, NOT_RANKED, LEVEL = "†", "‡", "°"
 LEVEL_P = 0.05
+LEVEL_NOTE = f"{LEVEL} not told apart from the best of its column (p ≥ {LEVEL_P}); tested are methods with all seeds."
 LATEX = {
     "\\": r"\textbackslash{}",
     "†": r"$\dagger$",
@@ -60,7 +61,8 @@ def make_grids(tables: Sequence[RecipeTable], num_seeds: int) -> list[Grid]:
     for table in tables:
         name, seeds = table.recipe.name, f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
         if len(table.columns) > 1:
-            grids.append(_grid(f"{name}: filtered test MRR, {seeds}", table, (_overview(table),)))
+            glances = tuple(_glances(column) for column in table.columns)
+            grids.append(_grid(f"{name}: filtered test MRR, {seeds}", table, glances))
         blocks = tuple(_block(column) for column in table.columns)
         grids.append(_grid(f"{name}: filtered test metrics, {seeds}", table, blocks))
     return grids
@@ -77,7 +79,7 @@ def notes(tables: Sequence[RecipeTable], plan: Plan, footer: Sequence[str]) -> l
             "corrected for the number of methods."
         )
         if any(len(table.columns) > 1 for table in tables):
-            lines.append(f"{LEVEL} not told apart from the best of its column (p ≥ {LEVEL_P}).")
+            lines.append(LEVEL_NOTE)
     else:
         lines.append("One seed: no spread and no test; best value in bold.")
     protocols = [table.recipe.name for table in tables if table.recipe.settings.get("evaluation.protocol") == "fede"]
@@ -190,11 +192,9 @@ def _grid(title: str, table: RecipeTable, blocks: tuple[Block, ...]) -> Grid:
     return Grid(title, tuple(_row_name(entry) for entry in entries[0]), blocks, tuple(seconds))
 
 
-def _overview(table: RecipeTable) -> Block:
-    """Put the MRR of all missing rates side by side."""
-    columns = [[glance(column, entry) for entry in column.entries] for column in table.columns]
-    headers = tuple(hidden_title(column.missing) for column in table.columns)
-    return Block("MRR", headers, tuple(zip(*columns, strict=True)))
+def _glances(column: Column) -> Block:
+    rows = tuple((glance(column, entry),) for entry in column.entries)
+    return Block(hidden_title(column.missing), ("MRR",), rows)
 
 
 def glance(column: Column, entry: Entry) -> Text:

@@ -5,7 +5,7 @@ A view's parameters are ``entity`` [num_entities, dim] and the shared modules ``
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -76,10 +76,16 @@ class EntityInput:
     features: Mapping[str, ModalityInput]
     prototypes: Prototypes | None = None
 
-    def take(self, rows: Tensor) -> "EntityInput":
-        """Take what is known of some entities, int64 [num_rows]; features name them by their places there."""
+    def take(self, rows: Tensor, modalities: Sequence[str]) -> "EntityInput":
+        """Take what is known of some entities; features name them by their places there.
+
+        Args:
+            rows: the entities, int64 [num_rows].
+            modalities: whose features are taken.
+        """
         features = {}
-        for name, item in self.features.items():
+        for name in modalities:
+            item = self.features[name]
             place = torch.full(
                 self.available.shape[1:], -1, device=rows.device
             )  # of an entity among those with features

@@ -168,16 +168,22 @@ class ClientStack:
 
     def all_entities(self) -> StepEntities:
         """Return all entities, for a step that uses them all."""
-        return StepEntities(None, self.entities)
+        return StepEntities(self.entities)
 
-    def some_entities(self, rows: Sequence[Tensor]) -> StepEntities:
-        """Return some entities of each client, whose rows are int64 [num_rows]."""
-        taken = [member.inputs.entities.take(own) for member, own in zip(self.members, rows, strict=True)]
+    def some_entities(self, rows: Sequence[Tensor], linked: Sequence[Tensor]) -> StepEntities:
+        """Return some entities of each client.
+
+        Args:
+            rows: of each client, int64 [num_rows].
+            linked: which of them links are about, bool [num_rows].
+        """
+        modalities = list(self.model.feature_dims)
+        taken = [member.inputs.entities.take(own, modalities) for member, own in zip(self.members, rows, strict=True)]
         if self.shape is None:
-            return StepEntities(rows[0], taken[0])
+            return StepEntities(taken[0], rows[0], linked[0])
         num_rows = max(map(len, rows)) + 1
         padded = pad_stack(rows, (num_rows,), value=self.shape.num_rows - 1)
-        return StepEntities(padded, stack_entities(taken, num_rows))
+        return StepEntities(stack_entities(taken, num_rows), padded, pad_stack(linked, (num_rows,)))
 
     def pad(self, tensors: Sequence[Tensor]) -> Tensor:
         """Join one tensor of each client, padded with zeros."""
@@ -244,7 +250,7 @@ class ClientStack:
             return None
         if self.shape is None:
             return found[0].to(self.device)
-        return pad_stack(found, (len(found[0]), self.shape.num_rows)).to(self.device)
+        return pad_stack(found, (len(found[0]), self.entities.available.shape[-1])).to(self.device)
 
     def _impute(
         self, params: Mapping[str, Tensor], entities: EntityInput, hidden: Tensor | None, draws: Draws

@@ -19,12 +19,20 @@ class StepEntities:
     """Entities of a step; ... is nothing for one client, and [clients] for a stack.
 
     Attributes:
-        rows: of the entity tables, int64 [..., num_rows]; None for all.
         known: what is known of them.
+        rows: of the entity tables, int64 [..., num_rows]; None for all.
+        linked: which of them the batch's triples and negatives name, bool [..., num_rows]; the others are those that an
+            imputer drew. None if all entities are there.
     """
 
-    rows: Tensor | None
     known: EntityInput
+    rows: Tensor | None = None
+    linked: Tensor | None = None
+
+    @property
+    def compared(self) -> Tensor:
+        """Return the tokens that views may be compared by, whatever their imputers drew, bool [..., num_tokens, n]."""
+        return self.known.available if self.linked is None else self.known.available & self.linked.unsqueeze(-2)
 
     def of_params(self, params: Params) -> Params:
         """Cut a view's entity table down."""

@@ -38,7 +38,8 @@ class Forward:
     """One view's pass over one batch, for the loss terms and the coupling; ... as in `Batch`.
 
     Attributes:
-        tokens: the hyper-modal embeddings of the step's entities, [..., num_tokens, num_entities, dim].
+        tokens: the hyper-modal embeddings of the step's entities, [..., num_tokens, num_entities, dim]; available are
+            those that views may be compared by.
         logits: [..., num_queries, num_candidates].
         target: int64 [..., num_queries], column of the true answer.
         weight: of each query, [..., num_queries].

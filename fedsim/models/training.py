@@ -273,7 +273,7 @@ def forward_view(
     logits, losses["link"] = _link(stack, scores, target, batch)
     if config.training.n3_weight > 0:
         losses["n3"] = config.training.n3_weight * _n3(model, embeddings, relations, batch)
-    return Forward(TokenTable(passed.tokens, entities.known.available), logits, target, batch.weight, losses)
+    return Forward(TokenTable(passed.tokens, entities.compared), logits, target, batch.weight, losses)
 
 
 def _link(stack: ClientStack, scores: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

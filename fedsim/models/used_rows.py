@@ -30,7 +30,7 @@ def cut_down(
         for place, (member, own, others) in enumerate(zip(stack.members, triples, negatives, strict=True))
     ]
     return (
-        stack.some_entities([client.rows for client in used]),
+        stack.some_entities([client.rows for client in used], [client.linked for client in used]),
         [client.number_triples(own) for client, own in zip(used, triples, strict=True)],
         [client.number(others) for client, others in zip(used, negatives, strict=True)],
         {
@@ -46,10 +46,12 @@ class UsedRows:
 
     Attributes:
         rows: int64 [num_rows].
+        linked: which of them the triples and the negatives name, bool [num_rows].
         place: int64 [num_entities]; undefined for entities that are not used.
     """
 
     rows: Tensor
+    linked: Tensor
     place: Tensor
 
     @classmethod
@@ -63,11 +65,13 @@ class UsedRows:
             num_entities: of the client.
         """
         drawn = [value for own in draws for name, value in own.items() if name.endswith("rows")]
-        used = [triples[:, 0], triples[:, 2], negatives.flatten(), *drawn]
-        rows = torch.cat([ids.to(triples.device) for ids in used]).unique()
+        named = torch.cat([triples[:, 0], triples[:, 2], negatives.flatten().to(triples.device)])
+        rows = torch.cat([named, *(ids.to(named.device) for ids in drawn)]).unique()
         place = torch.empty(num_entities, dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
-        return cls(rows, place)
+        linked = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        linked[place[named]] = True
+        return cls(rows, linked, place)
 
     def number_triples(self, triples: Tensor) -> Tensor:
         """Name heads and tails by their places, int64 [batch, 3]."""

@@ -14,7 +14,7 @@ from fedsim.benchmark.folder import MANIFEST
 from fedsim.benchmark.methods import METHODS, Method
 from fedsim.benchmark.plan import ANY, Missing, changes_task, parse_missing
 from fedsim.benchmark.recipes import Recipe, TuningBudget
-from fedsim.benchmark.tables import LEVEL, LEVEL_P, Text, glance, hidden_title
+from fedsim.benchmark.tables import LEVEL_NOTE, Text, glance, hidden_title
 from fedsim.errors import RunError
 from fedsim.parsing import parse_json
 from fedsim.report.html_page import Block, Cell, Page, Section, Table
@@ -156,9 +156,9 @@ def _at_a_glance(name: str, columns: Sequence[Column]) -> Table:
         ]
         rows.append((_name(entries[0]), *(Cell(text.text, bold=text.bold) for text in found)))
     header = ("method", *(hidden_title(column.missing) for column in columns))
-    note = f"{LEVEL} not told apart from the best of its column (p ≥ {LEVEL_P})."
     has_tests = any(p is not None for column in columns for p in column.p_values.values())
-    return Table(f"{name}-glance", "Test MRR at a glance", header, tuple(rows), note if has_tests else "")
+    note = f"{LEVEL_NOTE if has_tests else ''} {_note(columns[0])}".strip()
+    return Table(f"{name}-glance", "Test MRR at a glance", header, tuple(rows), note)
 
 
 def _name(entry: Entry) -> Cell:

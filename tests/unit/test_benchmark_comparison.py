@@ -132,7 +132,7 @@ def test_markdown_has_all_cells_the_best_in_bold_and_what_is_missing(plan: Plan)
     text = as_markdown(make_grids(tables, 2), notes(tables, plan, ["Hardware: x"]), "runs.md")
     assert text.startswith("## tiny: filtered test MRR, 2 seeds\n")
     _, glance, details = text.split("## ")
-    assert "| MRR: 0.5 hidden | MRR: 0.5 of the clients blind | s/run |" in glance
+    assert "| 0.5 hidden: MRR | 0.5 of the clients blind: MRR | s/run |" in glance
     assert "| `mmfed3-hide` | **0.3015 ± 0.0021** | **0.3015 ± 0.0021** | 2 |" in glance
     assert LEVEL not in details.partition("\n- ")[0]
     assert f"{LEVEL} not told apart from the best" in text
@@ -165,9 +165,8 @@ def test_the_glance_marks_what_is_level_with_the_best() -> None:
     entries = [_entry(name, *mrrs) for name, mrrs in methods.items()]
     grid, _ = make_grids([RecipeTable(RECIPE, tuple(make_column(rate, entries) for rate in missing))], 3)
     assert grid.title == "tiny: filtered test MRR, 3 seeds"
-    (block,) = grid.blocks
-    assert block.headers == ("0 hidden", "0.5 hidden")
-    best, level, worse = (row[0] for row in block.rows)
+    assert [(block.title, block.headers) for block in grid.blocks] == [("0 hidden", ("MRR",)), ("0.5 hidden", ("MRR",))]
+    ((best,), (level,), (worse,)) = grid.blocks[0].rows
     assert best == Text("0.3133 ± 0.0153", bold=True)
     assert level == Text(f"0.3033 ± 0.0058{LEVEL}")
     assert worse == Text("0.2133 ± 0.0153")
@@ -208,12 +207,13 @@ def test_csv_and_run_list_name_run_and_command_of_every_seed(plan: Plan, monkeyp
 
 
 def test_the_terminal_puts_rates_below_each_other_if_it_is_narrow(plan: Plan) -> None:
-    _, grid = make_grids(compare(plan, _outcome_of), 2)
-    for width, num_tables in ((160, 1), (100, 2)):
+    glance, details = make_grids(compare(plan, _outcome_of), 2)
+    for grid, width, num_tables in ((details, 160, 1), (details, 100, 2), (glance, 100, 1), (glance, 60, 2)):
         with Console(width=width, record=True, file=io.StringIO()) as console:
             show(grid, console)
         text = console.export_text()
-        assert text.count("tiny: filtered test metrics, 2 seeds") == num_tables
+        assert "…" not in text
+        assert text.count(grid.title) == num_tables
         assert text.count("mmfed3-hide") == num_tables
         assert "0.3015 ± 0.0021" in text
         assert max(map(len, text.splitlines())) <= width

@@ -101,13 +101,21 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def _clients(overrides: dict[str, Any], rounds: int, size: int) -> tuple[list[Client], list[dict[str, float]]]:
-    """Train four clients of different sizes for some rounds, so many at once."""
+def _clients(
+    overrides: dict[str, Any], rounds: int, size: int, *, largest_has_few: bool = False
+) -> tuple[list[Client], list[dict[str, float]]]:
+    """Train four clients of different sizes for some rounds, so many at once.
+
+    With `largest_has_few` the client with the most entities has the fewest triples, so that the stack goes on without.
+    """
     fixed = {"data.num_clients": 4, "training.local_epochs": 2, "distillation.warmup_rounds": 0}
     runtime = small_runtime(fixed | overrides, tiny_graph(num_entities=50, num_triples=400, num_relations=9))
     server = runtime.server
     assert server is not None
     clients = list(runtime.clients.values())
+    if largest_has_few:
+        largest = max(clients, key=lambda client: len(client.data.entity_ids))
+        largest.triples = largest.triples[:6]
     losses: list[dict[str, float]] = []
     for round_num in range(1, rounds + 1):
         broadcast = server.begin_round(round_num)
@@ -142,6 +150,26 @@ def test_a_stack_equals_its_clients_one_by_one(method: str) -> None:
             assert after[name].dtype == value.dtype
             if not name.startswith("optimizer/"):
                 assert _relative(value, after[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("negatives", ["per_triple", "shared"])
+@pytest.mark.parametrize("imputer", ["diffusion", "gan"])
+def test_a_stack_goes_on_without_its_largest_client(imputer: str, negatives: str) -> None:
+    """What an epoch hides is padded for the whole stack, and read by the part of it that still has batches."""
+    method = {
+        "federation.strategy": "mmfed3",
+        "model.imputer": imputer,
+        "diffusion.hide_rate": 0.3,
+        "imputer.hide_rate": 0.3,
+        "training.loss": "sampled_softmax",
+        "training.negatives": negatives,
+    }
+    alone, alone_losses = _clients(method, rounds=2, size=1, largest_has_few=True)
+    stacked, stacked_losses = _clients(method, rounds=2, size=4, largest_has_few=True)
+    for one, other, one_loss, other_loss in zip(alone, stacked, alone_losses, stacked_losses, strict=True):
+        assert other_loss == pytest.approx(one_loss, rel=1e-4, abs=1e-6)
+        for name, value in one.values.params.items():
+            assert _relative(value, other.values.params[name]) < 1e-4, name
 
 
 def test_a_stack_imputes_as_each_client_alone() -> None:

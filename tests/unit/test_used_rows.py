@@ -83,7 +83,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_a_step_on_the_entities_in_use_is_one_on_all(
     method: str, sizes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the feature terms, which are a mean over the entities in use."""
+    """But for the feature terms, which are means over fewer entities."""
     own, own_losses = _train(METHODS[method])
     assert max(used for used, _ in sizes) <= 2 * 4 + 3 + 2 * (4 + 4)  # heads and tails, negatives, what two views draw
     assert all(used < there for used, there in sizes)
@@ -99,13 +99,19 @@ def test_a_step_on_the_entities_in_use_is_one_on_all(
             torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
 
-def test_feature_terms_are_means_over_the_entities_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step's L_feat is that of eq. 10 over the tokens of its entities, by hand from tokens of all entities."""
+@pytest.mark.parametrize("imputer", ["zero", "diffusion"])
+def test_feature_terms_are_means_over_entities_of_triples_and_negatives(
+    imputer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's L_feat is that of eq. 10 by hand from all tokens; what the imputer drew does not count."""
     expected: list[tuple[float, float]] = []
+    num_drawn: list[int] = []
     real = training.train_step
 
     def spy(stack: ClientStack, views: Any, batch: Any, epoch: Any, coupling: Any, *args: Any) -> Any:
-        rows, model, (member,) = batch.entities.rows, stack.model, stack.members
+        asked = torch.cat([batch.triples[:, [0, 2]].flatten(), batch.negatives.flatten()]).unique()
+        num_drawn.append(len(batch.entities.rows) - len(asked))
+        rows, model, (member,) = batch.entities.rows[asked], stack.model, stack.members
         entities = member.inputs.entities
         tables = [model.tokens(stack.view(view), entities).values[:, rows] for view in ("local", "global")]
         cosine = torch.cosine_similarity(*tables, dim=-1)[entities.available[:, rows]]
@@ -114,8 +120,10 @@ def test_feature_terms_are_means_over_the_entities_in_use(monkeypatch: pytest.Mo
         return losses
 
     monkeypatch.setattr(training, "train_step", spy)
-    _train({"federation.strategy": "mmfed3", "model.imputer": "zero", **{f"distillation.{n}": 1.0 for n in COUPLINGS}})
+    weights = {f"distillation.{name}": 1.0 for name in COUPLINGS}
+    _train({"federation.strategy": "mmfed3", "model.imputer": imputer, **weights})
     assert len(expected) > 10
+    assert (max(num_drawn) > 0) == (imputer == "diffusion")
     for wanted, found in expected:
         assert found == pytest.approx(wanted, abs=1e-5)
 
@@ -126,6 +134,7 @@ def test_used_rows_by_hand() -> None:
     draws["entity_noise"] = torch.arange(9.0).expand(2, 9)
     used = UsedRows.of_step(triples, torch.tensor([[[2, 8]]]), [draws, {}], 9)
     assert used.rows.tolist() == [1, 2, 5, 7, 8]
+    assert used.linked.tolist() == [False, True, False, True, True]
     assert used.number_triples(triples).tolist() == [[3, 0, 1], [1, 1, 3]]
     assert used.number(torch.tensor([[8, 2]])).tolist() == [[4, 1]]
     found = used.number_draws(draws)
@@ -142,7 +151,8 @@ def test_what_is_known_of_some_entities() -> None:
         available, {"text": ModalityInput(torch.tensor([4, 0, 2]), torch.tensor([[40.0], [0.0], [20.0]]))}, prototypes
     )
     rows = torch.tensor([1, 2, 4, 2])
-    taken = known.take(rows)
+    taken = known.take(rows, ["text"])
+    assert known.take(rows, []).features == {}
     assert torch.equal(taken.available, available[:, rows])
     assert taken.features["text"].rows.tolist() == [1, 2, 3]
     assert taken.features["text"].values.flatten().tolist() == [20, 40, 20]
@@ -150,7 +160,7 @@ def test_what_is_known_of_some_entities() -> None:
     assert taken.prototypes.values.flatten().tolist() == [1, 2, 4, 2, 6, 7, 9, 7]
     assert torch.equal(taken.prototypes.present, prototypes.present[:, rows])
     nothing = EntityInput(available[:, :0], {"text": ModalityInput(rows[:0], torch.zeros(0, 1))})
-    assert nothing.take(rows[:0]).features["text"].values.shape == (0, 1)
+    assert nothing.take(rows[:0], ["text"]).features["text"].values.shape == (0, 1)
 
 
 @pytest.mark.parametrize("leading", [(), (2,)])
@@ -161,7 +171,9 @@ def test_step_entities_cut_tables_down(leading: tuple[int, ...]) -> None:
     rows = torch.tensor([3, 0]).expand(*leading, 2)
     if leading:
         rows = torch.stack([rows[0], rows[1].flip(0)])
-    entities = StepEntities(rows, EntityInput(torch.ones(1, 2, dtype=torch.bool), {}))
+    linked = torch.tensor([True, False]).expand(*leading, 2)
+    entities = StepEntities(EntityInput(torch.ones(*leading, 3, 2, dtype=torch.bool), {}), rows, linked)
+    assert entities.compared.tolist() == linked.unsqueeze(-2).expand(*leading, 3, 2).tolist()
     table, tokens, uncertainty = numbers(4, 5), numbers(3, 4, 5), numbers(3, 4)
     imputation = entities.of_imputation(Imputation(tokens, uncertainty))
     hidden = entities.of_hidden(uncertainty > 0)
@@ -175,6 +187,7 @@ def test_step_entities_cut_tables_down(leading: tuple[int, ...]) -> None:
         assert torch.equal(imputation.values[place], tokens[place][:, at])
         assert torch.equal(imputation.uncertainty[place], uncertainty[place][:, at])
         assert torch.equal(hidden[place], uncertainty[place][:, at] > 0)
-    everything = StepEntities(None, entities.known)
+    everything = StepEntities(entities.known)
+    assert everything.compared is entities.known.available
     assert everything.of_imputation(None) is None
     assert everything.of_hidden(hidden) is hidden
