@@ -56,6 +56,7 @@ def distil_global_model(
     params |= {name: value.clone() for name, value in state.modules.items() if name.startswith("imputer.")}
     queries = _concatenate(soft_queries)
     tuples = global_tokens(model, state.entity, state.prototypes)
+    means = tuples.means()
     imputation = None
     if model.imputes:
         imputation = model.imputer.impute(
@@ -70,7 +71,7 @@ def distil_global_model(
             draws = model.imputer.draw_denoising(tuples.available, generator)
             if len(draws["rows"]) > 0:
                 modulation = step_modulation(leaves, config.diffusion.steps)
-                losses["server_diffusion"] = model.imputer.denoising_loss(leaves, tuples, modulation, draws)
+                losses["server_diffusion"] = model.imputer.denoising_loss(leaves, tuples, means, modulation, draws)
         if queries is not None:
             losses |= _table_losses(config, model, leaves["entity"], state, queries, imputation, generator)
         if not losses:

@@ -32,7 +32,8 @@ def inputs() -> DenoiserInput:
     known, noised, has_prototype = state.clone(), state.clone(), state.clone()
     known[0], noised[1], has_prototype[1, ::2] = True, True, True
     values = torch.randn(2, NUM_TOKENS, BATCH, DIM, generator=generator(1))
-    return DenoiserInput(values[0], known, noised, values[1], has_prototype)
+    means = torch.randn(NUM_TOKENS, DIM, generator=generator(3))
+    return DenoiserInput(values[0], known, noised, means, values[1], has_prototype)
 
 
 def _run(params: Params, inputs: DenoiserInput, step: int = 3, seed: int = 2) -> Tensor:
@@ -70,6 +71,18 @@ def test_only_flagged_prototypes_are_read(params: Params, inputs: DenoiserInput)
     assert changed.any(-1).any(0).tolist() == [True, False, True, False, True]
 
 
+def test_a_prediction_starts_from_the_prototype_or_the_mean(params: Params, inputs: DenoiserInput) -> None:
+    """Token 1 has prototypes at even entities; token 0 is known, and nothing of it is predicted."""
+    start = encode_condition(params, inputs).start
+    assert inputs.prototypes is not None
+    assert torch.equal(start[0], torch.zeros(BATCH, DIM))
+    assert torch.equal(start[1, ::2], inputs.prototypes[1, ::2])
+    assert torch.equal(start[1, 1::2], inputs.means[1].expand(2, DIM))
+    assert torch.equal(start[2], inputs.means[2].expand(BATCH, DIM))
+    alone = encode_condition(params, replace(inputs, prototypes=None, has_prototype=None)).start
+    assert torch.equal(alone[1:], inputs.means[1:].unsqueeze(1).expand(2, BATCH, DIM))
+
+
 def test_the_state_of_a_token_and_the_step_matter(params: Params, inputs: DenoiserInput) -> None:
     base = _run(params, inputs)
     noised = inputs.noised.clone()
@@ -92,6 +105,7 @@ def test_entities_do_not_see_each_other(params: Params, inputs: DenoiserInput) -
         inputs.clean[:, order],
         inputs.known[:, order],
         inputs.noised[:, order],
+        inputs.means,
         inputs.prototypes[:, order],
         inputs.has_prototype[:, order],
     )

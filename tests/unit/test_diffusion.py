@@ -32,7 +32,7 @@ def _imputer(**overrides: Any) -> DiffusionImputer:
 
 def _loss(imputer: DiffusionImputer, params: Params, tokens: TokenTable, seed: int = 5) -> Tensor:
     draws = imputer.draw_denoising(tokens.available, generator(seed))
-    return imputer.denoising_loss(params, tokens, step_modulation(params, imputer.config.steps), draws)
+    return imputer.denoising_loss(params, tokens, tokens.means(), step_modulation(params, imputer.config.steps), draws)
 
 
 @given(seed=st.integers(0, 9999), num_tokens=st.integers(2, 6), batch=st.integers(1, 40))
@@ -140,7 +140,7 @@ class PerfectDenoiser:
         self.inputs.append((condition, noisy))
         clean = self.truth.repeat(1, noisy.shape[1] // self.truth.shape[1], 1)
         if self.imputer.config.prediction == "x0":
-            return clean if condition.start is None else clean - condition.start
+            return clean - condition.start
         return (noisy - level.sqrt() * clean) / (1 - level).sqrt()
 
 
@@ -197,7 +197,9 @@ def test_imputed_values_are_the_mean_of_the_draws() -> None:
     imputer = _imputer(num_draws=3)
     params = imputer.init(generator())
     tokens = token_table(AVAILABLE[:, MISSING.any(0)])
-    draws = imputer._sample(params, tokens, imputer.draw_imputation(tokens.available, generator(4))["noise"])
+    draws = imputer._sample(
+        params, tokens, tokens.means(), imputer.draw_imputation(tokens.available, generator(4))["noise"]
+    )
     made = impute(imputer, params, tokens, generator(4))
     assert torch.allclose(made.values, draws.mean(1))
     deviation = draws.std(1, correction=0).square().mean(-1).sqrt()
@@ -261,7 +263,9 @@ def test_hide_learns_more_than_the_mean() -> None:
     for _ in range(400):
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         step_draws = imputer.draw_denoising(available, draws)
-        loss = imputer.denoising_loss(leaves, tokens, step_modulation(leaves, config.diffusion.steps), step_draws)
+        loss = imputer.denoising_loss(
+            leaves, tokens, tokens.means(), step_modulation(leaves, config.diffusion.steps), step_draws
+        )
         loss.backward()
         grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         adam(params, grads, state, 0.003)

@@ -39,6 +39,11 @@ class TokenTable:
         """Cut the gradient: the imputer learns on tokens that it does not move."""
         return replace(self, values=self.values.detach())
 
+    def means(self) -> Tensor:
+        """Average the available tokens of each kind, without gradient, [num_tokens, dim]; zero where there is none."""
+        weight = self.available.to(self.values.dtype).unsqueeze(-1)  # [num_tokens, num_entities, 1]
+        return (self.values.detach() * weight).sum(1) / weight.sum(1).clamp(min=1)
+
     def take(self, rows: Tensor) -> "TokenTable":
         """Take the tokens of some entities, int64 [num_rows]."""
         return TokenTable(

@@ -1,8 +1,8 @@
 """HidE's denoiser: a residual MLP over all tokens of an entity, modulated by step and mask (AdaLN).
 
 Each token enters in one of three states: known (clean, the condition), noised (to be denoised), or hidden (a learned
-null token). The server's prototype of a token that is not known enters beside it, with a flag of its own; a prediction
-of x_0 starts from it.
+null token). The server's prototype of a token that is not known enters beside it, with a flag of its own. A prediction
+of x_0 starts from the prototype, or without one from the mean of the client's tokens of the kind.
 """
 
 import math
@@ -26,6 +26,7 @@ class DenoiserInput:
         clean: [num_tokens, batch, dim], read where `known`.
         known: bool [num_tokens, batch], c of eq. 6.
         noised: bool [num_tokens, batch]; tokens neither known nor noised are hidden.
+        means: of the client's available tokens, [num_tokens, dim].
         prototypes: [num_tokens, batch, dim], read where `has_prototype`; None if there are none at all.
         has_prototype: bool [num_tokens, batch], false wherever `known`; None with them.
     """
@@ -33,6 +34,7 @@ class DenoiserInput:
     clean: Tensor
     known: Tensor
     noised: Tensor
+    means: Tensor
     prototypes: Tensor | None = None
     has_prototype: Tensor | None = None
 
@@ -44,7 +46,7 @@ class Condition:
     tokens: Tensor  # [num_tokens, batch, dim], known and hidden tokens, zero where noised
     hidden: Tensor  # [batch, hidden]
     modulation: Tensor  # [batch, num_blocks * 3 * hidden]
-    start: Tensor | None  # [num_tokens, batch, dim], prototypes that a prediction of x_0 starts from
+    start: Tensor  # [num_tokens, batch, dim], prototypes or means that a prediction of x_0 starts from
 
     def repeat(self, num_times: int) -> "Condition":
         """Repeat the batch, for several draws."""
@@ -52,7 +54,7 @@ class Condition:
             self.tokens.repeat(1, num_times, 1),
             self.hidden.repeat(num_times, 1),
             self.modulation.repeat(num_times, 1),
-            None if self.start is None else self.start.repeat(1, num_times, 1),
+            self.start.repeat(1, num_times, 1),
         )
 
 
@@ -78,13 +80,15 @@ def encode_condition(params: Mapping[str, Tensor], inputs: DenoiserInput) -> Con
     null = params["imputer.null"].unsqueeze(1)  # [num_tokens, 1, dim]
     clean = torch.where(known, inputs.clean, torch.where(hidden_token, null, torch.zeros_like(null)))
     if inputs.prototypes is None or inputs.has_prototype is None:
-        start, has_prototype = None, torch.zeros_like(inputs.known)
+        prototypes, has_prototype = None, torch.zeros_like(inputs.known)
     else:
-        start, has_prototype = inputs.prototypes * inputs.has_prototype.unsqueeze(-1), inputs.has_prototype
+        prototypes, has_prototype = inputs.prototypes * inputs.has_prototype.unsqueeze(-1), inputs.has_prototype
     flags = torch.cat([inputs.known, inputs.noised, has_prototype]).to(clean.dtype).T  # [batch, 3 num_tokens]
     hidden = linear(params, "imputer.flags", flags)
-    if start is not None:
-        hidden = hidden + linear(params, "imputer.prototype", flatten_tokens(start))
+    start = inputs.means.unsqueeze(1) * ~(inputs.known | has_prototype).unsqueeze(-1)
+    if prototypes is not None:
+        start = start + prototypes
+        hidden = hidden + linear(params, "imputer.prototype", flatten_tokens(prototypes))
     return Condition(clean, hidden, linear(params, "imputer.flags_out", flags), start)
 
 

@@ -55,13 +55,14 @@ class DiffusionImputer:
         """Fill missing tokens by DDIM from noise, the available tokens given (eq. 7); mean and deviation of draws."""
         rows = draws["rows"]
         with torch.no_grad():
-            samples = self._sample(params, tokens.take(rows), draws["noise"])  # [num_tokens, num_draws, num_rows, dim]
+            # [num_tokens, num_draws, num_rows, dim]
+            samples = self._sample(params, tokens.take(rows), tokens.means(), draws["noise"])
         return Imputation.of_draws(tokens, rows, samples)
 
-    def _sample(self, params: Mapping[str, Tensor], tokens: TokenTable, noise: Tensor) -> Tensor:
+    def _sample(self, params: Mapping[str, Tensor], tokens: TokenTable, means: Tensor, noise: Tensor) -> Tensor:
         """Run the sampler from noise [num_tokens, num_draws, batch, dim]; result of the same shape."""
         num_tokens, num_draws, batch, dim = noise.shape
-        condition = encode_condition(params, self._inputs(tokens, tokens.available, ~tokens.available))
+        condition = encode_condition(params, self._inputs(tokens, means, tokens.available, ~tokens.available))
         condition = condition.repeat(num_draws)
         free = (~tokens.available).repeat(1, num_draws).unsqueeze(-1)  # the others are re-inserted at every step
         modulation = step_modulation(params, self.config.steps, self.times)  # [S + 1, ...]
@@ -105,14 +106,14 @@ class DiffusionImputer:
     ) -> ImputerStep:
         """Give L_diff (eq. 6), one-step estimates for some missing tokens, and their pull to prototypes (eq. 10)."""
         detached = tokens.detached()
-        modulation = step_modulation(params, self.config.steps)
+        modulation, means = step_modulation(params, self.config.steps), tokens.means()
         losses: dict[str, Tensor] = {}
         if draws["rows"].shape[-1] > 0:
-            losses["diffusion"] = self.config.weight * self.denoising_loss(params, detached, modulation, draws)
+            losses["diffusion"] = self.config.weight * self.denoising_loss(params, detached, means, modulation, draws)
         if "link_rows" not in draws or draws["link_rows"].shape[-1] == 0:
             return ImputerStep(losses)
         rows = draws["link_rows"]
-        values = self._one_step_estimate(params, seen.detached(), imputation, modulation, draws)
+        values = self._one_step_estimate(params, seen.detached(), means, imputation, modulation, draws)
         if self.prototype_weight > 0 and tokens.prototypes is not None and tokens.has_prototype is not None:
             wanted = (tokens.has_prototype & ~seen.available)[:, rows].to(values.dtype)  # [num_tokens, num_rows]
             cosine = torch.cosine_similarity(values, tokens.prototypes[:, rows], dim=-1)
@@ -121,16 +122,16 @@ class DiffusionImputer:
         return ImputerStep(losses, rows, values)
 
     def denoising_loss(
-        self, params: Mapping[str, Tensor], tokens: TokenTable, modulation: Tensor, draws: Draws
+        self, params: Mapping[str, Tensor], tokens: TokenTable, means: Tensor, modulation: Tensor, draws: Draws
     ) -> Tensor:
         """Return L_diff on the drawn batch of entities (eq. 6)."""
         batch, known, target = tokens.take(draws["rows"]), draws["known"], draws["target"]
         level = self.levels.to(batch.values)[draws["times"]].unsqueeze(1)  # [batch, 1]
         noisy = add_noise(batch.values, draws["noise"], level) * target.unsqueeze(-1)
-        condition = encode_condition(params, self._inputs(batch, known, target, draws["keep_prototype"]))
+        condition = encode_condition(params, self._inputs(batch, means, known, target, draws["keep_prototype"]))
         output = denoise(params, condition, noisy, modulation[draws["times"]])
         if self.config.prediction == "x0":
-            error = (_from_start(output, condition) - batch.values).square().mean(-1)  # [num_tokens, batch]
+            error = (output + condition.start - batch.values).square().mean(-1)  # [num_tokens, batch]
         else:
             error = (output - draws["noise"]).square().mean(-1)
         if self.config.min_snr is not None:
@@ -143,6 +144,7 @@ class DiffusionImputer:
         self,
         params: Mapping[str, Tensor],
         tokens: TokenTable,
+        means: Tensor,
         imputation: Imputation,
         modulation: Tensor,
         draws: Draws,
@@ -153,28 +155,28 @@ class DiffusionImputer:
         level = self.levels.to(batch.values)[times].unsqueeze(1)
         free = ~batch.available
         noisy = add_noise(imputation.values[:, rows], draws["link_noise"], level) * free.unsqueeze(-1)
-        condition = encode_condition(params, self._inputs(batch, batch.available, free))
+        condition = encode_condition(params, self._inputs(batch, means, batch.available, free))
         output = denoise(params, condition, noisy, modulation[times])
         return self._clean(output, condition, noisy, level)
 
     def _clean(self, output: Tensor, condition: Condition, noisy: Tensor, level: Tensor) -> Tensor:
         """Turn the denoiser's output into an estimate of x_0, [num_tokens, batch, dim]."""
         if self.config.prediction == "x0":
-            return _from_start(output, condition)
+            return output + condition.start
         return clean_from_noise(noisy, output, level)
 
     def _inputs(
-        self, tokens: TokenTable, known: Tensor, noised: Tensor, keep_prototype: Tensor | None = None
+        self,
+        tokens: TokenTable,
+        means: Tensor,
+        known: Tensor,
+        noised: Tensor,
+        keep_prototype: Tensor | None = None,
     ) -> DenoiserInput:
         """Assemble the denoiser's input; prototypes stand only beside tokens that are not known."""
         if tokens.prototypes is None or tokens.has_prototype is None or not self.config.use_prototypes:
-            return DenoiserInput(tokens.values, known, noised)
+            return DenoiserInput(tokens.values, known, noised, means)
         has_prototype = tokens.has_prototype & ~known
         if keep_prototype is not None:
             has_prototype = has_prototype & keep_prototype
-        return DenoiserInput(tokens.values, known, noised, tokens.prototypes, has_prototype)
-
-
-def _from_start(output: Tensor, condition: Condition) -> Tensor:
-    """Add what a prediction of x_0 starts from, [num_tokens, batch, dim]."""
-    return output if condition.start is None else output + condition.start
+        return DenoiserInput(tokens.values, known, noised, means, tokens.prototypes, has_prototype)

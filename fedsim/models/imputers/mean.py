@@ -13,7 +13,5 @@ class MeanImputer(FixedImputer):
 
     def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, draws: Draws) -> Imputation:
         """Return the mean over the available tokens, for every entity."""
-        weight = tokens.available.to(tokens.values.dtype).unsqueeze(-1)  # [num_tokens, num_entities, 1]
-        mean = (tokens.values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-        values = mean.detach().expand_as(tokens.values)
+        values = tokens.means().unsqueeze(1).expand_as(tokens.values)
         return Imputation(values, torch.zeros_like(tokens.values[..., 0]))
