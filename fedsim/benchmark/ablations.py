@@ -33,7 +33,7 @@ LEVELS: dict[str, Mapping[str, Any]] = {
     "features": NO_LOGITS,
     "both": {},
 }
-IMPUTERS = {"zero": "zero", "hide": "diffusion"}
+IMPUTERS = {"zero": "zero", "mean": "mean", "hide": "diffusion"}
 STEPS = (1, 2, 5, 10, 25, 100)  # K; 50 is the default
 SAMPLING_STEPS = (1, 2, 10, 50)  # S; 4 is the default
 
@@ -49,7 +49,7 @@ class Variant:
 
 
 def distillation_variants() -> Iterator[Variant]:
-    """Yield imputer x level x direction, without the two whole methods."""
+    """Yield imputer x level x direction, without the whole methods."""
     for imputer in IMPUTERS:
         base = f"mmfed3-{imputer}"
         for level, settings in LEVELS.items():

@@ -178,6 +178,14 @@ _ALL = (
         trials=LOGITS,
     ),
     Method(
+        "mmfed3-mean",
+        ("ablation",),
+        _settings("mmfed3", "mean", "gate"),
+        "dual distillation, mean of the client's available tokens",
+        "arXiv:2506.22036",
+        trials=LOGITS,
+    ),
+    Method(
         "mmfed3-hide",
         tuple(GROUPS),
         _settings("mmfed3", "diffusion", "gate"),

@@ -45,7 +45,7 @@ def test_our_method_is_in_every_group_and_is_the_default_config() -> None:
 
 def test_variants_take_parts_away_and_run_with_the_values_of_the_whole() -> None:
     ablations = select_methods(["ablation"], [])
-    assert len(ablations) == 2 * (1 + 3 * 2)  # imputers x (none, or a level x a direction)
+    assert len(ablations) == 3 * (1 + 3 * 2)  # imputers x (none, or a level x a direction)
     weights = ("logit_to_client", "logit_to_global", "feature_to_client", "feature_to_global", "prototype")
     for method in ablations:
         config = make_config(overrides=dict(method.settings)).distillation
