@@ -86,9 +86,8 @@ class EntityInput:
         features = {}
         for name in modalities:
             item = self.features[name]
-            place = torch.full(
-                self.available.shape[1:], -1, device=rows.device
-            )  # of an entity among those with features
+            # of an entity among those with features
+            place = torch.full(self.available.shape[1:], -1, device=rows.device)
             place[item.rows] = torch.arange(len(item.rows), device=rows.device)
             found = place[rows]
             there = (found >= 0).nonzero().squeeze(1)
