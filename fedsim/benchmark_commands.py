@@ -64,9 +64,9 @@ def benchmark_command(run_on_ray: RayRunner) -> click.Command:
     ) -> None:
         """Run methods on data at several missing rates and seeds, and compare them in one table.
 
-        All methods run unless groups or methods are named. Runs that are finished in the output folder are not done
-        again and one that was stopped goes on, so the same command continues a benchmark. Other config options hold
-        for every cell.
+        All methods but the variants of ablations run unless groups or methods are named. Runs that are finished in the
+        output folder are not done again and one that was stopped goes on, so the same command continues a benchmark.
+        Other config options hold for every cell.
 
         \b
         Examples:
@@ -122,7 +122,7 @@ def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, opti
     from fedsim.benchmark.methods import select_methods, without_variants
     from fedsim.benchmark.plan import Plan, check_changes, check_trials, parse_missing
     from fedsim.benchmark.recipes import select_recipes
-    from fedsim.benchmark.tuned import BUNDLED, Tuned, check_writable, read_tuned
+    from fedsim.benchmark.tuned import BUNDLED, Tuned, check_tuned, check_writable, read_tuned
 
     if options["tune"] and options["rates"] is not None:
         raise click.UsageError("--tune takes the missing rate of the recipe's budget; leave --rates out")
@@ -139,6 +139,9 @@ def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, opti
     if options["tune"]:
         chosen = without_variants(chosen)
         check_trials(recipes, chosen, changes)
+    tuned = Tuned({}) if options["tune"] else read_tuned(options["tuned"] or BUNDLED)
+    if options["tuned"] is not None and not options["tune"]:
+        check_tuned(tuned, recipes, chosen, options["tuned"])
     asked = None if options["rates"] is None else options["rates"].split(",")
     rates = {}
     for recipe in recipes:
@@ -150,7 +153,7 @@ def _make_plan(groups: Sequence[str], methods: Sequence[str], output: Path, opti
         methods=chosen,
         rates=rates,
         num_seeds=options["seeds"],
-        tuned=Tuned({}) if options["tune"] else read_tuned(options["tuned"] or BUNDLED),
+        tuned=tuned,
         changes={path: value for path, value in changes.items() if path != "runtime.address"},
         on_gpu=options["gpus_per_run"] > 0,
     )

@@ -43,7 +43,7 @@ class Method:
         source: where it comes from.
         sampled: settings that only a loss with sampled negatives reads.
         fixed_rate: the settings say what is hidden, so one run serves all missing rates.
-        ranked: whether it may be the best; a ceiling that sees what others do not may not.
+        ranked: whether it may be the best; a reference that sees what others do not may not.
         variant_of: the method whose tuned values it runs with; empty if it has its own.
         trials: what tuning tries of this method with the best of the recipe's trials; as many for every method.
     """
@@ -96,7 +96,7 @@ LOGITS = _two((1.0, 4.0), "distillation.logit_to_client", "distillation.logit_to
 _ALL = (
     _reference("local", "local", "none", "structure alone, every client alone", "-"),
     _reference("fede", "fede", "none", "structure alone, FedE", "Chen et al., IJCKG 2021"),
-    _reference("central", "central", "gate", "all data in one place, nothing hidden: the ceiling", "-", ranked=False),
+    _reference("central", "central", "gate", "all data in one place, nothing hidden", "-", ranked=False),
     Method("local-zero", ("references",), _settings("local", "zero", "gate"), "every client alone, gate, zeros", "-"),
     _fusion("ikrl", "ikrl", "energies of structure and each modality", "Xie et al., IJCAI 2017"),
     _fusion("tbkgc", "tbkgc", "energies of structure and one multimodal vector", "Mousselly-Sergieh et al., *SEM 2018"),
@@ -224,9 +224,10 @@ def without_variants(methods: Sequence[Method]) -> list[Method]:
 
 
 def check_name(what: str, name: object, known: Iterable[str]) -> None:
-    """Refuse an unknown name; ConfigError names the nearest one and lists all."""
+    """Refuse an unknown name; ConfigError names one that is like it, if there is one."""
     known = list(known)
     if name in known:
         return
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-    raise ConfigError(f"unknown {what} '{name}'; the nearest is '{near[0]}', known are {', '.join(known)}")
+    near = difflib.get_close_matches(str(name), known, n=1)
+    advice = f"the nearest is '{near[0]}', and " if near else ""
+    raise ConfigError(f"unknown {what} '{name}'; {advice}fedsim benchmark --list shows all")

@@ -172,7 +172,7 @@ def find_data(recipe: Recipe, settings: Mapping[str, Any]) -> Path:
         folder = resolve_dataset(str(settings.get("data.path", DataConfig().path)))
     except DataError as err:
         advice = f"; get it with: {recipe.obtain}" if recipe.obtain else ""
-        raise DataError(f"recipe {recipe.name}: {err}{advice}") from err
+        raise DataError(f"recipe {recipe.name}: {err}, or --data.path to the folder itself{advice}") from err
     split = settings.get("data.split_file")
     if (
         split is not None

@@ -71,6 +71,16 @@ def read_tuned(path: Path) -> Tuned:
     return Tuned(tree)
 
 
+def check_tuned(tuned: Tuned, recipes: Sequence[Recipe], methods: Sequence[Method], path: Path) -> None:
+    """Refuse tuned values, read from a file that the user named, that hold nothing for a recipe; ConfigError."""
+    for recipe in recipes:
+        if all(tuned.settings(recipe, method.variant_of or method.name) is None for method in methods):
+            raise ConfigError(
+                f"tuned values {path}: nothing in it is for these methods on {recipe.name}, only what is tuned for "
+                f"{', '.join(tuned.values) or 'no recipe'}; tune them with --tune"
+            )
+
+
 def check_writable(path: Path) -> None:
     """Refuse a file to write tuned values to that is something else, or whose folder is not there; ConfigError."""
     if path.exists():

@@ -11,6 +11,6 @@ class Local(Strategy):
 
 
 class Central(Local):
-    """One client holds all data: the ceiling. It is evaluated client by client, among each client's entities."""
+    """One client holds all data. It is evaluated client by client, among each client's entities."""
 
     together = True

@@ -235,6 +235,8 @@ def test_tuning_tries_the_same_on_every_method_and_its_file_is_used(
         (["--output", "out", "--tune", "--tuned", "no/such.yaml"], "tuned values no/such.yaml: there is no folder"),
         (["--output", "out", "--tune", "--tuned", "full/thesis.tex"], "full/thesis.tex: the file must hold recipes"),
         (["--output", "out", "--tuned", "numbers.yaml"], "unknown method '3'"),
+        (["--output", "out", "--tuned", "other.yaml"], "for these methods on wn_noto, only what is tuned for wn_nto"),
+        (["--output", "out", "--method", "nope"], "unknown method 'nope'; fedsim benchmark --list shows all"),
         (["--output", "out", "--model.imputer", "mean"], "--model.imputer is what the benchmark varies"),
         (["--output", "out", "--model.scorer", "convx"], "'convx': unknown name"),
         (["--output", "out", "--seed", "3"], "No such option"),
@@ -251,6 +253,7 @@ def test_what_a_user_gets_wrong_is_one_message_and_exit_code_2(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("[a chapter]")
     (tmp_path / "numbers.yaml").write_text("wn_noto: {3: {model.dropout: 0.4}}")
+    (tmp_path / "other.yaml").write_text("wn_nto: {fede: {model.dropout: 0.4}}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FEDSIM_DATA", raising=False)
     assert cli.main(["benchmark", "--runtime", "in-process", *args]) == 2
