@@ -2,8 +2,8 @@
 
 With negatives that a batch shares a step uses its triples' entities, the negatives and the entities that its imputers
 drew. On a large graph these are a fraction of the client's, and the tokens, projections, fusion and feature terms of
-the others would be computed for nothing: only the feature terms and HidE's mean tokens see
-them, and are means over fewer entities then (method.md sections 4 and 5).
+the others would be computed for nothing: only the feature terms and HidE's mean tokens see them, and are means over
+fewer entities then (method.md sections 4 and 5).
 """
 
 from dataclasses import dataclass
