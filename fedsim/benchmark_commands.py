@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # keeps torch out of `fedsim --help`
     from fedsim.benchmark.execution import Executor, Outcome, Outcomes
     from fedsim.benchmark.plan import Cell, Plan
     from fedsim.benchmark.recipes import TuningBudget
-    from fedsim.benchmark.tuned import Chosen, TrialKey
+    from fedsim.benchmark.tuned import TrialKey
 
 RayRunner = Callable[..., "Outcomes"]
 """`actors.benchmark.run_on_ray`."""
@@ -202,20 +202,20 @@ def _tune(plan: Plan, execute: Executor, tuned: Path | None, console: Console) -
     path = tuned or plan.output / "tuned.yaml"
     found: dict[TrialKey, list[float]] = {}
 
-    def run(best: Chosen | None) -> list[Cell]:
-        cells = plan.trials(best)
+    def run(cells: list[Cell]) -> None:
         outcomes, _ = _run_all(plan, "tuning", cells, execute, console)
         for cell in cells:
             result = outcomes[cell.folder].result
             if result is not None:
                 key = cell.recipe, cell.method, trial_number(cell.folder.name)
                 found.setdefault(key, []).append(result["valid_mrr"])
-        return cells
 
-    cells = run(None)
+    cells = plan.trials()
+    run(cells)
     best = choose(plan.recipes, plan.methods, found)
-    if best:
-        run(best)
+    own = plan.trials(best)
+    if own:
+        run(own)
     chosen = choose(plan.recipes, plan.methods, found, best)
     write_tuned(chosen, path)
     rows = [[recipe, method, str(settings)] for recipe, found in chosen.items() for method, settings in found.items()]

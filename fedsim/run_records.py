@@ -174,6 +174,7 @@ class _Tuning(TypedDict):
 
 class _Recipe(TypedDict):
     settings: dict[str, Any]
+    parts: NotRequired[dict[str, dict[str, Any]]]
     tuning: NotRequired[_Tuning]
 
 

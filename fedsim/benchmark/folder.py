@@ -30,7 +30,8 @@ def manifest_of(plan: Plan, kind: str) -> dict[str, Any]:
     """
     is_table = kind == "benchmark"
     recipes = {
-        recipe.name: {"settings": dict(recipe.settings)} | ({} if is_table else {"tuning": recipe.tuning.model_dump()})
+        recipe.name: {"settings": dict(recipe.settings), "parts": dict(recipe.parts)}
+        | ({} if is_table else {"tuning": recipe.tuning.model_dump()})
         for recipe in plan.recipes
     }
     methods = {method.name: {**method.settings, **method.sampled} for method in plan.methods}

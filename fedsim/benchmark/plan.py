@@ -170,7 +170,14 @@ class Plan:
     ) -> Cell:
         """Resolve a cell's config; what comes later wins."""
         settings: dict[str, Any] = {"checkpoint.keep": 1}
-        settings |= {**recipe.settings, **tuned, **fixed, **self.changes, **missing.settings, **method.settings}
+        settings |= {
+            **recipe.settings_of(method),
+            **tuned,
+            **fixed,
+            **self.changes,
+            **missing.settings,
+            **method.settings,
+        }
         settings |= {"output": str(folder), "runtime.kind": "in_process"}
         settings |= {"seed": fixed["seed"], "runtime.gpus_per_client": 1.0 if self.on_gpu else 0.0}
         if settings.get("training.loss") == "self_adversarial":

@@ -1,11 +1,12 @@
 """Recipes: which data, divided how, for how many rounds, and what tuning may cost.
 
-A recipe file holds the settings of one data set and, under `recipes`, what each of its federated splits adds; the names
-there are those of the command line. Paths to files of one's own are taken as well.
+A recipe file holds the settings of one data set, under `parts` those of methods with a certain strategy, imputer or
+fusion, and, under `recipes`, what each of its federated splits adds; the names there are those of the command line.
+Paths to files of one's own are taken as well.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +14,22 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fedsim.benchmark.methods import check_name
+from fedsim.benchmark.methods import Method, check_name
 from fedsim.config import DataConfig, config_fields
 from fedsim.data.dataset import resolve_dataset
 from fedsim.errors import ConfigError, DataError
+from fedsim.federated import STRATEGIES
+from fedsim.models.fusion import FUSIONS
+from fedsim.models.imputers import IMPUTERS
 from fedsim.parsing import parse_yaml
 
 FOLDER = Path(__file__).parent / "recipes"
 RATES = ("0", "0.3", "0.6", "0.9", "client")
+PARTS: Mapping[str, Mapping[str, object]] = {
+    "federation.strategy": STRATEGIES,
+    "model.imputer": IMPUTERS,
+    "model.fusion": FUSIONS,
+}
 
 
 class _Part(BaseModel):
@@ -44,8 +53,9 @@ class TuningBudget(_Part):
             {"training.learning_rate": 0.04, "model.dropout": 0.7},
         ],
         min_length=1,
-        description="the settings that are tried; a method's own two are tried with the best of them",
+        description="the settings that are tried",
     )
+    own_trials: bool = Field(True, description="whether a method's own two are tried with the best of them")
 
     @field_validator("seeds")
     @classmethod
@@ -59,6 +69,7 @@ class _RecipeFile(_Part):
     title: str
     obtain: str = ""
     settings: dict[str, Any]
+    parts: dict[str, dict[str, Any]] = {}
     rates: list[str | float] = list(RATES)
     tuning: TuningBudget = TuningBudget()
     recipes: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -76,6 +87,7 @@ class Recipe:
         settings: dotted config path -> value.
         rates: the missing rates it is run with unless others are asked for.
         tuning: the tuning budget.
+        parts: name of a strategy, imputer or fusion -> settings of the methods that have it.
     """
 
     name: str
@@ -85,6 +97,14 @@ class Recipe:
     settings: Mapping[str, Any]
     rates: tuple[str, ...]
     tuning: TuningBudget
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def settings_of(self, method: Method) -> dict[str, Any]:
+        """Return the settings of a method on this data: all methods' and those of its parts."""
+        found = dict(self.settings)
+        for field_of_part in PARTS:
+            found |= self.parts.get(method.settings.get(field_of_part, ""), {})
+        return found
 
 
 @cache
@@ -128,15 +148,21 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"recipe file {path}: {place}: {first['msg']}") from err
+    known = [name for registry in PARTS.values() for name in registry]
+    for name in file.parts:
+        if name not in known:
+            raise ConfigError(
+                f"recipe file {path}: parts: '{name}' is no strategy, imputer or fusion; there are {', '.join(known)}"
+            )
     for place, settings in _all_settings(file):
-        for field in settings:
+        for setting in settings:
             try:
-                check_field(field)
+                check_field(setting)
             except ConfigError as err:
                 raise ConfigError(f"recipe file {path}: {place}: {err}") from err
     rates = tuple(rate if isinstance(rate, str) else f"{rate:g}" for rate in file.rates)
     return {
-        name: Recipe(name, path.stem, file.title, file.obtain, file.settings | settings, rates, file.tuning)
+        name: Recipe(name, path.stem, file.title, file.obtain, file.settings | settings, rates, file.tuning, file.parts)
         for name, settings in file.recipes.items()
     }
 
@@ -144,6 +170,7 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
 def _all_settings(file: _RecipeFile) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "settings", file.settings
     yield from ((f"recipes.{name}", settings) for name, settings in file.recipes.items())
+    yield from ((f"parts.{name}", settings) for name, settings in file.parts.items())
     yield from (("tuning.trials", trial) for trial in file.tuning.trials)
 
 

@@ -23,8 +23,9 @@ Chosen = Mapping[str, Mapping[str, Mapping[str, Any]]]
 TrialKey = tuple[str, str, int]
 """Recipe, method and number of a trial."""
 HEADER = """\
-# Settings chosen on validation: recipe -> method -> settings. Every method had the trials that its recipe states, then
-# two of its own with the best of them, each with the recipe's tuning seeds. Made by `fedsim benchmark --tune`.
+# Settings chosen on validation: recipe -> method -> settings. Every method had the trials that its recipe states, then,
+# unless the recipe says otherwise, two of its own with the best of them, each with the recipe's tuning seeds. Made by
+# `fedsim benchmark --tune`.
 """
 
 
@@ -101,7 +102,8 @@ def trials_of(recipe: Recipe, method: Method, best: Chosen | None = None) -> lis
     if best is None:
         return list(enumerate(shared))
     chosen = best.get(recipe.name, {}).get(method.name)
-    own = [] if chosen is None else [{**chosen, **trial} for trial in method.trials]
+    is_tried = chosen is not None and recipe.tuning.own_trials
+    own = [{**(chosen or {}), **trial} for trial in method.trials if is_tried]
     return list(enumerate(own, len(shared)))
 
 
@@ -130,10 +132,9 @@ def choose(
         for method in methods:
             trials = dict(trials_of(recipe, method))
             if best is not None:
-                own = dict(trials_of(recipe, method, best))
-                trials = trials | own if own else {}
+                trials |= dict(trials_of(recipe, method, best))
             found = {number: valid_mrr.get((recipe.name, method.name, number), ()) for number in trials}
-            if trials and all(len(values) == len(recipe.tuning.seeds) for values in found.values()):
+            if all(len(values) == len(recipe.tuning.seeds) for values in found.values()):
                 number = max(found, key=lambda each: fmean(found[each]))
                 chosen.setdefault(recipe.name, {})[method.name] = dict(trials[number])
     return chosen
