@@ -86,8 +86,9 @@ def test_bundled_recipes_cover_the_data_and_their_settings_are_a_config() -> Non
     assert expected <= set(recipes)
     for recipe in recipes.values():
         for trial in recipe.tuning.trials:
-            assert set(recipe.settings) | set(trial) <= FIELDS
-            make_config(overrides={**recipe.settings, **trial})
+            for method in METHODS.values():
+                assert set(recipe.settings_of(method)) | set(trial) <= FIELDS
+                make_config(overrides={**recipe.settings_of(method), **trial})
         assert recipe.rates == ("0", "0.3", "0.6", "0.9", "client")
         assert recipe.name == "wn_noto" or recipe.obtain
 
@@ -111,6 +112,11 @@ def test_a_recipe_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
         ("title: x\nsettings: {}\nrecipes: {}\n", "recipes: "),
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntunning: {}\n", "tunning: "),
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntuning: {trials: []}\n", "tuning.trials: "),
+        ("title: x\nsettings: {}\nparts: {fedlo: {}}\nrecipes: {a: {}}\n", "parts: 'fedlo' is no strategy, imputer or"),
+        (
+            "title: x\nsettings: {}\nparts: {fedlu: {model.dim: 8, a: 1}}\nrecipes: {a: {}}\n",
+            "parts.fedlu: 'a' is no config",
+        ),
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntuning: {seeds: [3, 3]}\n", "tuning.seeds: "),
         ("", "the file: "),
         (
@@ -142,7 +148,8 @@ def test_bundled_tuned_values_are_trials_of_the_budget() -> None:
     for name, methods in tuned.values.items():
         for method, settings in methods.items():
             shared = recipes[name].tuning.trials
-            own = [{**trial, **change} for trial in shared for change in METHODS[method].trials]
+            changes = METHODS[method].trials if recipes[name].tuning.own_trials else ()
+            own = [{**trial, **change} for trial in shared for change in changes]
             assert settings in [*shared, *own], f"{name}, {method}"
 
 
@@ -197,6 +204,17 @@ def test_the_trial_with_the_best_validation_mrr_is_chosen_if_all_ended() -> None
             "fedprox-zero": {**shared[2], "federation.proximal_mu": 0.0001},
         }
     }
+
+
+def test_a_recipe_may_leave_out_the_methods_own_trials() -> None:
+    wn_noto = bundled_recipes()["wn_noto"]
+    recipe = replace(wn_noto, tuning=TuningBudget(trials=wn_noto.tuning.trials[:2], own_trials=False))
+    valid = {("wn_noto", "local", 0): [0.1], ("wn_noto", "local", 1): [0.2], ("wn_noto", "fede", 0): [0.3]}
+    methods = [METHODS["local"], METHODS["fede"]]
+    best = choose([recipe], methods, valid)
+    assert best == {"wn_noto": {"local": recipe.tuning.trials[1]}}
+    assert trials_of(recipe, METHODS["local"], best) == []
+    assert choose([recipe], methods, valid, best) == best
 
 
 def test_tuned_values_are_added_to_those_of_a_file(tmp_path: Path) -> None:

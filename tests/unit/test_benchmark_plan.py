@@ -12,6 +12,7 @@ from fedsim.benchmark.methods import METHODS
 from fedsim.benchmark.plan import Missing, Plan, check_changes, parse_missing
 from fedsim.benchmark.recipes import Recipe, TuningBudget, find_data, select_recipes
 from fedsim.benchmark.tuned import Tuned
+from fedsim.config import Config
 from fedsim.errors import ConfigError, DataError, RunError
 
 
@@ -78,6 +79,17 @@ def test_a_cells_config_is_that_of_recipe_tuning_changes_rate_method_and_seed(pl
     changed = replace(plan, changes={"federation.num_rounds": 9, "model.dropout": 0.4}, on_gpu=True).cells()[0]
     assert (changed.config.federation.num_rounds, changed.config.model.dropout) == (9, 0.4)
     assert changed.config.runtime.gpus_per_client == 1.0
+
+
+def test_settings_of_a_part_are_those_of_the_methods_that_have_it(plan: Plan) -> None:
+    """A method's strategy, imputer and fusion count; tuned values win, and a recipe's other settings stay."""
+    parts = {"local": {"model.dropout": 0.3, "training.batch_size": 8}, "mean": {"training.batch_size": 16}}
+    recipe = replace(plan.recipes[0], parts=parts | {"gate": {"model.dim": 12}})
+    local, mean, *_ = replace(plan, recipes=[recipe]).cells()
+    assert (local.config.model.dropout, local.config.training.batch_size) == (0.2, 8)
+    assert (mean.config.model.dropout, mean.config.training.batch_size) == (0.1, 16)
+    assert (local.config.model.dim, mean.config.model.dim) == (Config().model.dim, 12)
+    assert {local.config.federation.num_rounds, mean.config.federation.num_rounds} == {4}
 
 
 def test_settings_of_sampled_negatives_come_with_that_loss_alone(plan: Plan) -> None:
