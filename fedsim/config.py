@@ -87,6 +87,11 @@ class DiffusionConfig(Section):
     sampling_steps: Count = Field(4, description="S <= K, DDIM steps of an imputation")
     num_draws: Count = Field(2, description="imputations averaged; their variance goes to the gate")
     impute_each: Literal["epoch", "round"] = Field("round", description="sample anew each local epoch, or once a round")
+    unseen: Literal["draw", "mean"] = Field(
+        "draw",
+        description="tokens of an entity of which neither client nor server knows a modality: drawn from structure, or "
+        "the mean of the client's tokens",
+    )
     hidden: Count = Field(128, description="width of the denoiser")
     num_blocks: Count = Field(2, description="residual blocks of the denoiser")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.995, description="EMA of the denoiser, warmed up")

@@ -223,6 +223,38 @@ def test_prototypes_condition_the_imputation_only_where_they_may() -> None:
     assert torch.equal(impute(blind, params, with_all, generator()).values, plain)
 
 
+def test_an_entity_that_nobody_has_shown_takes_the_mean_if_asked() -> None:
+    """`unseen: mean`: entity 3 has no modality; with a prototype of one it is drawn, as all others always are."""
+    tokens = token_table(AVAILABLE)
+    has = torch.zeros_like(AVAILABLE)
+    has[2, 3] = True
+    told = TokenTable(tokens.values, AVAILABLE, torch.ones_like(tokens.values) * has.unsqueeze(-1), has)
+    drawer, careful, blind = (
+        _imputer(link_rows=99, **settings)
+        for settings in ({}, {"unseen": "mean"}, {"unseen": "mean", "use_prototypes": False})
+    )
+    params = drawer.init(generator())
+    drawn = impute(drawer, params, tokens, generator())
+    for imputer, table in ((careful, tokens), (blind, told)):
+        made = impute(imputer, params, table, generator())
+        assert torch.equal(made.values[1:, 3], tokens.means()[1:])
+        assert not made.uncertainty[:, 3].any()
+        others = torch.arange(6) != 3
+        assert torch.equal(made.values[:, others], drawn.values[:, others])
+        assert torch.equal(made.uncertainty[:, others], drawn.uncertainty[:, others])
+        step = impute_step(imputer, params, table, made, generator())
+        estimate = impute_step(drawer, params, tokens, made, generator())
+        assert step.rows is not None
+        assert step.values is not None
+        assert estimate.values is not None
+        place = step.rows == 3
+        assert torch.equal(step.values[1:, place], made.values[1:, 3:4])
+        assert torch.equal(step.values[:, ~place], estimate.values[:, ~place])
+    made, drawn = (impute(imputer, params, told, generator()) for imputer in (careful, drawer))
+    assert torch.equal(made.values, drawn.values)
+    assert torch.equal(made.uncertainty, drawn.uncertainty)
+
+
 def test_prototypes_pull_the_one_step_estimate() -> None:
     """Eq. 10: the term is there only with a weight and a prototype, and its gradient reaches the denoiser."""
     prototypes = torch.randn(NUM_TOKENS, 6, 8, generator=generator(8))

@@ -57,7 +57,19 @@ class DiffusionImputer:
         with torch.no_grad():
             # [num_tokens, num_draws, num_rows, dim]
             samples = self._sample(params, tokens.take(rows), tokens.means(), draws["noise"])
-        return Imputation.of_draws(tokens, rows, samples)
+        imputation = Imputation.of_draws(tokens, rows, samples)
+        if self.config.unseen == "draw":
+            return imputation
+        seen = self._seen(tokens)
+        values = torch.where(seen.unsqueeze(-1), imputation.values, tokens.means().unsqueeze(1))
+        return Imputation(values, imputation.uncertainty * seen)
+
+    def _seen(self, tokens: TokenTable) -> Tensor:
+        """Tell of which entities the client or the server knows a modality token, bool [num_entities]."""
+        seen = tokens.available[1:].any(0)
+        if tokens.has_prototype is None or not self.config.use_prototypes:
+            return seen
+        return seen | tokens.has_prototype[1:].any(0)
 
     def _sample(self, params: Mapping[str, Tensor], tokens: TokenTable, means: Tensor, noise: Tensor) -> Tensor:
         """Run the sampler from noise [num_tokens, num_draws, batch, dim]; result of the same shape."""
@@ -157,7 +169,10 @@ class DiffusionImputer:
         noisy = add_noise(imputation.values[:, rows], draws["link_noise"], level) * free.unsqueeze(-1)
         condition = encode_condition(params, self._inputs(batch, means, batch.available, free))
         output = denoise(params, condition, noisy, modulation[times])
-        return self._clean(output, condition, noisy, level)
+        estimate = self._clean(output, condition, noisy, level)
+        if self.config.unseen == "draw":
+            return estimate
+        return torch.where(self._seen(batch).unsqueeze(-1), estimate, imputation.values[:, rows])
 
     def _clean(self, output: Tensor, condition: Condition, noisy: Tensor, level: Tensor) -> Tensor:
         """Turn the denoiser's output into an estimate of x_0, [num_tokens, batch, dim]."""
