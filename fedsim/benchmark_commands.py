@@ -287,7 +287,8 @@ def _budget_told(budget: TuningBudget) -> str:
 
     num_seeds = len(budget.seeds)
     seeds = f", {num_seeds} seeds" if num_seeds > 1 else ""
-    return f"{len(budget.trials) + len(OTHERS)} x {budget.num_rounds} rounds{seeds}"
+    num_trials = len(budget.trials) + (len(OTHERS) if budget.own_trials else 0)
+    return f"{num_trials} x {budget.num_rounds} rounds{seeds}"
 
 
 def _show_lists() -> None:

@@ -89,8 +89,8 @@ class DiffusionConfig(Section):
     impute_each: Literal["epoch", "round"] = Field("round", description="sample anew each local epoch, or once a round")
     unseen: Literal["draw", "mean"] = Field(
         "draw",
-        description="tokens of an entity of which neither client nor server knows a modality: drawn from structure, or "
-        "the mean of the client's tokens",
+        description="tokens of an entity of which neither the client nor a prototype tells a modality: drawn from "
+        "structure, or the mean of the client's tokens",
     )
     hidden: Count = Field(128, description="width of the denoiser")
     num_blocks: Count = Field(2, description="residual blocks of the denoiser")

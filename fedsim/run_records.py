@@ -170,6 +170,7 @@ class _Sweep(TypedDict):
 class _Tuning(TypedDict):
     trials: list[dict[str, Any]]
     seeds: NotRequired[list[Count]]
+    own_trials: NotRequired[bool]
 
 
 class _Recipe(TypedDict):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.benchmark.plan import Plan
+from fedsim.benchmark.recipes import TuningBudget
 from fedsim.checkpoint import replace_text
 from fedsim.errors import RunError
 from fedsim.parsing import parse_json
@@ -30,8 +31,9 @@ def manifest_of(plan: Plan, kind: str) -> dict[str, Any]:
     """
     is_table = kind == "benchmark"
     recipes = {
-        recipe.name: {"settings": dict(recipe.settings), "parts": dict(recipe.parts)}
-        | ({} if is_table else {"tuning": recipe.tuning.model_dump()})
+        recipe.name: {"settings": dict(recipe.settings)}
+        | ({"parts": dict(recipe.parts)} if recipe.parts else {})
+        | ({} if is_table else {"tuning": _told(recipe.tuning)})
         for recipe in plan.recipes
     }
     methods = {method.name: {**method.settings, **method.sampled} for method in plan.methods}
@@ -55,6 +57,11 @@ def manifest_of(plan: Plan, kind: str) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps(manifest))  # as it will be read again
     return plain
+
+
+def _told(budget: TuningBudget) -> dict[str, Any]:
+    """Describe a budget as folders do that know no budget without the methods' own trials."""
+    return budget.model_dump(exclude={"own_trials"} if budget.own_trials else None)
 
 
 def open_folder(plan: Plan, kind: str) -> None:

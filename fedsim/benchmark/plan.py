@@ -209,7 +209,7 @@ def check_trials(recipes: Iterable[Recipe], methods: Sequence[Method], changes: 
     for recipe in recipes:
         for method in methods:
             for path in changes:
-                if any(path in trial for trial in (*recipe.tuning.trials, *method.trials)):
+                if any(path in trial for trial in (*recipe.tuning.trials, *recipe.own_trials(method))):
                     raise ConfigError(
                         f"--{path} is what the trials of {method.name} on {recipe.name} vary; leave it out"
                     )

@@ -87,7 +87,8 @@ class Recipe:
         settings: dotted config path -> value.
         rates: the missing rates it is run with unless others are asked for.
         tuning: the tuning budget.
-        parts: name of a strategy, imputer or fusion -> settings of the methods that have it.
+        parts: name of a strategy, imputer or fusion -> settings of the methods that have it, without those that the
+            split itself says.
     """
 
     name: str
@@ -98,6 +99,10 @@ class Recipe:
     rates: tuple[str, ...]
     tuning: TuningBudget
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def own_trials(self, method: Method) -> tuple[Mapping[str, Any], ...]:
+        """Return what tuning tries of a method alone on this data."""
+        return method.trials if self.tuning.own_trials else ()
 
     def settings_of(self, method: Method) -> dict[str, Any]:
         """Return the settings of a method on this data: all methods' and those of its parts."""
@@ -148,12 +153,10 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"recipe file {path}: {place}: {first['msg']}") from err
-    known = [name for registry in PARTS.values() for name in registry]
     for name in file.parts:
-        if name not in known:
-            raise ConfigError(
-                f"recipe file {path}: parts: '{name}' is no strategy, imputer or fusion; there are {', '.join(known)}"
-            )
+        if not any(name in registry for registry in PARTS.values()):
+            known = "; ".join(f"{place}: {', '.join(registry)}" for place, registry in PARTS.items())
+            raise ConfigError(f"recipe file {path}: parts: '{name}' is no value of any of these: {known}")
     for place, settings in _all_settings(file):
         for setting in settings:
             try:
@@ -162,7 +165,16 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
                 raise ConfigError(f"recipe file {path}: {place}: {err}") from err
     rates = tuple(rate if isinstance(rate, str) else f"{rate:g}" for rate in file.rates)
     return {
-        name: Recipe(name, path.stem, file.title, file.obtain, file.settings | settings, rates, file.tuning, file.parts)
+        name: Recipe(
+            name,
+            path.stem,
+            file.title,
+            file.obtain,
+            file.settings | settings,
+            rates,
+            file.tuning,
+            {part: {k: v for k, v in values.items() if k not in settings} for part, values in file.parts.items()},
+        )
         for name, settings in file.recipes.items()
     }
 

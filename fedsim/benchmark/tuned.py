@@ -102,8 +102,9 @@ def trials_of(recipe: Recipe, method: Method, best: Chosen | None = None) -> lis
     if best is None:
         return list(enumerate(shared))
     chosen = best.get(recipe.name, {}).get(method.name)
-    is_tried = chosen is not None and recipe.tuning.own_trials
-    own = [{**(chosen or {}), **trial} for trial in method.trials if is_tried]
+    if chosen is None:
+        return []
+    own = [{**chosen, **trial} for trial in recipe.own_trials(method)]
     return list(enumerate(own, len(shared)))
 
 

@@ -226,11 +226,12 @@ def _finished(folder: Path) -> list[Path]:
 
 def _num_trials(manifest: Mapping[str, Any]) -> int:
     num_own = sum(map(len, manifest.get("own_trials", {}).values()))
-    return sum(
-        (len(content.get("tuning", {}).get("trials", ())) * len(manifest["methods"]) + num_own)
-        * _num_tuning_seeds(content)
-        for content in manifest["recipes"].values()
-    )
+    found = 0
+    for content in manifest["recipes"].values():
+        budget = content.get("tuning", {})
+        shared = len(budget.get("trials", ())) * len(manifest["methods"])
+        found += (shared + (num_own if budget.get("own_trials", True) else 0)) * _num_tuning_seeds(content)
+    return found
 
 
 def _num_tuning_seeds(recipe: Mapping[str, Any]) -> int:

@@ -88,7 +88,7 @@ def test_bundled_recipes_cover_the_data_and_their_settings_are_a_config() -> Non
         for trial in recipe.tuning.trials:
             for method in METHODS.values():
                 assert set(recipe.settings_of(method)) | set(trial) <= FIELDS
-                make_config(overrides={**recipe.settings_of(method), **trial})
+                make_config(overrides={**recipe.settings_of(method), **trial, **method.settings})
         assert recipe.rates == ("0", "0.3", "0.6", "0.9", "client")
         assert recipe.name == "wn_noto" or recipe.obtain
 
@@ -104,6 +104,17 @@ def test_a_recipe_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
     assert read_recipes(tmp_path / "mine.yaml")["mine"].rates == ("0", "0.5")
 
 
+def test_a_splits_own_settings_win_over_those_of_parts(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "title: mine\nsettings: {model.dim: 8}\nparts: {fedlu: {model.dim: 16, model.dropout: 0.1}}\n"
+        "recipes: {one: {}, two: {model.dim: 32}}\n"
+    )
+    one, two = read_recipes(tmp_path / "mine.yaml").values()
+    assert one.settings_of(METHODS["fedlu-zero"]) == {"model.dim": 16, "model.dropout": 0.1}
+    assert two.settings_of(METHODS["fedlu-zero"]) == {"model.dim": 32, "model.dropout": 0.1}
+    assert one.settings_of(METHODS["mmfed3-zero"]) == {"model.dim": 8}
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -112,7 +123,7 @@ def test_a_recipe_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
         ("title: x\nsettings: {}\nrecipes: {}\n", "recipes: "),
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntunning: {}\n", "tunning: "),
         ("title: x\nsettings: {}\nrecipes: {a: {}}\ntuning: {trials: []}\n", "tuning.trials: "),
-        ("title: x\nsettings: {}\nparts: {fedlo: {}}\nrecipes: {a: {}}\n", "parts: 'fedlo' is no strategy, imputer or"),
+        ("title: x\nsettings: {}\nparts: {fedlo: {}}\nrecipes: {a: {}}\n", "parts: 'fedlo' is no value of any of"),
         (
             "title: x\nsettings: {}\nparts: {fedlu: {model.dim: 8, a: 1}}\nrecipes: {a: {}}\n",
             "parts.fedlu: 'a' is no config",

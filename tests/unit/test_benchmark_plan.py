@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from builders import write_tiny_dataset
-from fedsim.benchmark.folder import check_free, locked, open_folder
+from fedsim.benchmark.folder import check_free, locked, manifest_of, open_folder
 from fedsim.benchmark.methods import METHODS
-from fedsim.benchmark.plan import Missing, Plan, check_changes, parse_missing
+from fedsim.benchmark.plan import Missing, Plan, check_changes, check_trials, parse_missing
 from fedsim.benchmark.recipes import Recipe, TuningBudget, find_data, select_recipes
 from fedsim.benchmark.tuned import Tuned
 from fedsim.config import Config
@@ -90,6 +90,19 @@ def test_settings_of_a_part_are_those_of_the_methods_that_have_it(plan: Plan) ->
     assert (mean.config.model.dropout, mean.config.training.batch_size) == (0.1, 16)
     assert (local.config.model.dim, mean.config.model.dim) == (Config().model.dim, 12)
     assert {local.config.federation.num_rounds, mean.config.federation.num_rounds} == {4}
+    changed = replace(plan, recipes=[recipe], changes={"training.batch_size": 4}).cells()
+    assert {cell.config.training.batch_size for cell in changed} == {4}
+
+
+def test_an_option_may_not_be_what_trials_vary_but_own_trials_that_are_left_out_vary_nothing(plan: Plan) -> None:
+    recipe, method = plan.recipes[0], METHODS["mmfed3-hide"]
+    changes = {"distillation.logit_to_client": 1.0}
+    with pytest.raises(ConfigError, match="is what the trials of mmfed3-hide on tiny-3 vary"):
+        check_trials([recipe], [method], changes)
+    without = replace(recipe, tuning=TuningBudget(own_trials=False))
+    check_trials([without], [method], changes)
+    with pytest.raises(ConfigError, match="--model.dropout is what the trials"):
+        check_trials([without], [method], {"model.dropout": 0.1})
 
 
 def test_settings_of_sampled_negatives_come_with_that_loss_alone(plan: Plan) -> None:
@@ -165,12 +178,21 @@ def test_a_folder_grows_but_takes_no_other_benchmark(plan: Plan) -> None:
         (replace(larger, changes={"model.dim": 8}), '"model.dim": 8'),
         (replace(larger, tuned=Tuned({})), "tuned settings of tiny-3 local"),
         (replace(larger, recipes=[replace(plan.recipes[0], settings={})]), "recipes settings of tiny-3"),
+        (replace(larger, recipes=[replace(plan.recipes[0], parts={"mean": {}})]), "recipes settings of tiny-3"),
     ]:
         with pytest.raises(RunError, match="holds another benchmark") as caught:
             open_folder(other, "benchmark")
         assert part in str(caught.value)
     with pytest.raises(RunError, match='its kind is "benchmark", this one\'s is "tuning"'):
         open_folder(larger, "tuning")
+
+
+@pytest.mark.parametrize("kind", ["benchmark", "tuning"])
+def test_a_folder_from_before_parts_and_budgets_without_own_trials_goes_on(plan: Plan, kind: str) -> None:
+    """What a recipe does not use is not in the manifest, so such folders still hold the same benchmark."""
+    manifest = manifest_of(plan, kind)["recipes"]["tiny-3"]
+    assert set(manifest) == {"settings"} | ({"tuning"} if kind == "tuning" else set())
+    assert set(manifest.get("tuning", {})) <= {"missing", "num_rounds", "seeds", "trials"}
 
 
 def test_a_folder_of_something_else_is_not_taken(plan: Plan) -> None:

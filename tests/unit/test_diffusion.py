@@ -250,6 +250,7 @@ def test_an_entity_that_nobody_has_shown_takes_the_mean_if_asked() -> None:
         place = step.rows == 3
         assert torch.equal(step.values[1:, place], made.values[1:, 3:4])
         assert torch.equal(step.values[:, ~place], estimate.values[:, ~place])
+        assert float(step.losses.get("prototype", torch.zeros(()))) == 0.0, "a prototype that is not used pulls nothing"
     made, drawn = (impute(imputer, params, told, generator()) for imputer in (careful, drawer))
     assert torch.equal(made.values, drawn.values)
     assert torch.equal(made.uncertainty, drawn.uncertainty)

@@ -122,6 +122,9 @@ def test_a_tuning_has_its_trials(tmp_path: Path) -> None:
     page = benchmark_page(folder, folder / "report.html")
     num_methods = len(manifest["methods"])
     assert f"2 of {6 + 2 * num_methods} runs" in page.notice
+    manifest["recipes"]["tiny"]["tuning"]["own_trials"] = False
+    (folder / "benchmark.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert "2 of 6 runs" in benchmark_page(folder, folder / "report.html").notice
     assert [cell.text for cell in _tables(page)["trials"][1]][:6] == [
         *("mmfede-zero", "tiny", "0.5", "model.dropout = 0.6", "100", "0.3000")
     ]

@@ -127,7 +127,10 @@ class DiffusionImputer:
         rows = draws["link_rows"]
         values = self._one_step_estimate(params, seen.detached(), means, imputation, modulation, draws)
         if self.prototype_weight > 0 and tokens.prototypes is not None and tokens.has_prototype is not None:
-            wanted = (tokens.has_prototype & ~seen.available)[:, rows].to(values.dtype)  # [num_tokens, num_rows]
+            wanted = (tokens.has_prototype & ~seen.available)[:, rows]  # [num_tokens, num_rows]
+            if self.config.unseen == "mean":
+                wanted = wanted & self._seen(seen.take(rows))
+            wanted = wanted.to(values.dtype)
             cosine = torch.cosine_similarity(values, tokens.prototypes[:, rows], dim=-1)
             pull = ((1 - cosine) * wanted).sum() / wanted.sum().clamp(min=1)
             losses["prototype"] = self.prototype_weight * pull
