@@ -60,7 +60,7 @@ def manifest_of(plan: Plan, kind: str) -> dict[str, Any]:
 
 
 def _told(budget: TuningBudget) -> dict[str, Any]:
-    """Describe a budget as folders do that know no budget without the methods' own trials."""
+    """Describe a budget; `own_trials` only where it is false, so that folders older than that field go on."""
     return budget.model_dump(exclude={"own_trials"} if budget.own_trials else None)
 
 

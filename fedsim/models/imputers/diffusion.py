@@ -53,19 +53,19 @@ class DiffusionImputer:
 
     def impute(self, params: Mapping[str, Tensor], tokens: TokenTable, draws: Draws) -> Imputation:
         """Fill missing tokens by DDIM from noise, the available tokens given (eq. 7); mean and deviation of draws."""
-        rows = draws["rows"]
+        rows, means = draws["rows"], tokens.means()
         with torch.no_grad():
             # [num_tokens, num_draws, num_rows, dim]
-            samples = self._sample(params, tokens.take(rows), tokens.means(), draws["noise"])
+            samples = self._sample(params, tokens.take(rows), means, draws["noise"])
         imputation = Imputation.of_draws(tokens, rows, samples)
         if self.config.unseen == "draw":
             return imputation
         seen = self._seen(tokens)
-        values = torch.where(seen.unsqueeze(-1), imputation.values, tokens.means().unsqueeze(1))
+        values = torch.where(seen.unsqueeze(-1), imputation.values, means.unsqueeze(1))
         return Imputation(values, imputation.uncertainty * seen)
 
     def _seen(self, tokens: TokenTable) -> Tensor:
-        """Tell of which entities the client or the server knows a modality token, bool [num_entities]."""
+        """Tell of which entities the client, or a prototype in use, tells a modality token, bool [num_entities]."""
         seen = tokens.available[1:].any(0)
         if tokens.has_prototype is None or not self.config.use_prototypes:
             return seen
