@@ -155,11 +155,13 @@ def test_unknown_recipes_and_absent_files_are_told() -> None:
 def test_bundled_tuned_values_are_trials_of_the_budget() -> None:
     tuned = read_tuned(BUNDLED)
     recipes = bundled_recipes()
-    assert "cn_visual" in tuned.values
+    budgets = {recipe.family: recipe.tuning for recipe in recipes.values()}
+    budgets |= {name: recipe.tuning for name, recipe in recipes.items()}
+    assert {"cn_visual", "mkgw-3", "db15k-3", "fb15k237"} <= set(tuned.values)
     for name, methods in tuned.values.items():
         for method, settings in methods.items():
-            shared = recipes[name].tuning.trials
-            changes = METHODS[method].trials if recipes[name].tuning.own_trials else ()
+            shared = budgets[name].trials
+            changes = METHODS[method].trials if budgets[name].own_trials else ()
             own = [{**trial, **change} for trial in shared for change in changes]
             assert settings in [*shared, *own], f"{name}, {method}"
 
