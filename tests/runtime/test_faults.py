@@ -182,7 +182,7 @@ def test_a_round_goes_on_without_clients_that_fail(
         simulation.run(small_config(dataset, tmp_path / "here", **changes))
 
     monkeypatch.setattr(actors.crew, "ClientActor", _failing_actor(1, 2, 3))
-    limits = {"faults__max_restarts": 0, "faults__round_deadline_seconds": 5.0, "runtime__placement": "dedicated"}
+    limits = {"faults__max_restarts": 0, "faults__round_deadline_seconds": 20.0, "runtime__placement": "dedicated"}
     simulation.run(small_config(dataset, tmp_path / "ray", **changes, **limits), ray_runtime)
     here, there = outcome(tmp_path / "here"), outcome(tmp_path / "ray")
     rows = [row for row in there["metrics"] if row["client"] is None]
