@@ -12,13 +12,15 @@ def methods_with_spread(key: str, title: str, column: Column) -> Figure | None:
     """Plot the mean test MRR of each method as a bar, with a standard deviation to both sides; None without runs."""
     rows = []
     for entry in column.entries:
-        mean, spread = entry.mean("mrr"), entry.spread("mrr") or 0.0
+        mean, spread = entry.mean("mrr"), entry.spread("mrr")
         if mean is None:
             continue
-        done = len(entry.values("mrr"))
-        text = f"{mean:.4f} ± {spread:.4f}, {done} seed{'s' if done > 1 else ''}"
+        text = (
+            f"{mean:.4f}, 1 seed" if spread is None else f"{mean:.4f} ± {spread:.4f}, {len(entry.values('mrr'))} seeds"
+        )
+        low, high = max(mean - (spread or 0.0), 0.0), mean + (spread or 0.0)
         best = entry.method.name == column.best
-        row = {"method": entry.method.name, "mean": mean, "low": max(mean - spread, 0.0), "high": mean + spread}
+        row = {"method": entry.method.name, "mean": mean, "low": low, "high": high}
         rows.append(row | {"text": text, "best": best, "what": entry.method.title})
     if not rows:
         return None

@@ -75,8 +75,11 @@ def test_a_benchmark_has_its_table_with_the_best_in_bold_and_its_bars(tmp_path: 
     glance = {row[0].text: row[1:] for row in _tables(page)["tiny-glance"]}
     assert [cell.text for cell in glance["mmfede-zero"]] == ["0.2500 ± 0.0707°", "0.2000 (1 of 2)"]
     assert [cell.bold for cell in glance["mmfede-mean †"]] == [True, True]
-    (bars, *_) = page.figures
+    (bars, of_clients, _) = page.figures
+    rows = {row["method"]: row for row in of_clients.spec["data"]["values"]}
+    assert (rows["mmfede-zero"]["text"], rows["mmfede-zero"]["low"]) == ("0.2000, 1 seed", 0.2)
     rows = {row["method"]: row for row in bars.spec["data"]["values"]}
+    assert rows["mmfede-zero"]["text"] == "0.2500 ± 0.0707, 2 seeds"
     assert rows["mmfede-mean"]["best"]
     assert (rows["mmfede-zero"]["low"], rows["mmfede-zero"]["high"]) == pytest.approx((0.1793, 0.3207), abs=1e-4)
 
